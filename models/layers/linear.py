@@ -1,0 +1,63 @@
+"""Linear layers, and the only home of matrix products with weights: quantization and LoRA belong here.
+
+A weight has the checkpoint's orientation, [out, in], and is contracted on its last axis, so that loading transposes
+nothing.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxllm.models.layers.param import Initializer, param, zeros
+
+
+def matmul(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
+    """x [..., in] times weight [out, in] -> [..., out], in `out_dtype` (x's when None). Accumulates in float32.
+
+    Float32 operands are multiplied as float32: on a GPU the default would round them to TF32 first.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        weight,
+        dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.dtype(out_dtype or x.dtype),
+    )
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ + b. With `out_features` a dict it is several layers merged into one, each a named part of W's rows."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | Mapping[str, int],
+        *,
+        axes: tuple[str, str],  # of weight: (out, in)
+        dtype,
+        initializer: Initializer,
+        bias: bool = False,
+    ):
+        parts = dict(out_features) if isinstance(out_features, Mapping) else {}
+        size = sum(parts.values()) if parts else out_features
+        self.part_sizes = tuple(parts.values())
+        self.weight = param((size, in_features), dtype, axes, initializer, parts)
+        self.bias = param((size,), dtype, axes[:1], zeros, parts) if bias else None
+
+    def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
+        """x [..., in] -> [..., out]."""
+        y = matmul(x, self.weight[...], out_dtype)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(y.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+    def split(self, x: jax.Array) -> list[jax.Array]:
+        """The parts of a merged layer's output [..., out], each [..., size of the part]."""
+        y, parts, start = self(x), [], 0
+        for size in self.part_sizes:
+            parts.append(jax.lax.slice_in_dim(y, start, start + size, axis=-1))
+            start += size
+        return parts

@@ -1,0 +1,103 @@
+"""Llama (Touvron et al. 2023) and what is built like it: RMSNorm, rotary attention, a gated feed-forward layer."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.interface import KVPages, LayerKV, StepBatch
+from jaxllm.models.layers.attention import Attention
+from jaxllm.models.layers.embed import Embed
+from jaxllm.models.layers.linear import Linear
+from jaxllm.models.layers.mlp import GatedMLP
+from jaxllm.models.layers.norm import RMSNorm
+from jaxllm.models.layers.param import normal
+from jaxllm.models.layers.rope import Rope, sequence_lengths
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: ModelConfig, dtype):
+        initializer = normal(config.initializer_range)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_out_bias,
+            dtype=dtype,
+            initializer=initializer,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            act=config.hidden_act,
+            bias=config.mlp_bias,
+            dtype=dtype,
+            initializer=initializer,
+        )
+
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, kv: LayerKV, batch: StepBatch
+    ) -> tuple[jax.Array, LayerKV]:
+        """x [T, D] -> ([T, D], kv with this step's tokens)."""
+        attended, kv = self.attention(self.attention_norm(x), cos, sin, kv, batch)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), kv
+
+
+class LlamaForCausalLM(nnx.Module):
+    """A `Model` (see interface.py)."""
+
+    weight_names: ClassVar = (
+        ("model.embed_tokens", "embed"),
+        ("model.layers.{}.input_layernorm", "layers.{}.attention_norm"),
+        ("model.layers.{}.self_attn.q_proj", "layers.{}.attention.qkv", "q"),
+        ("model.layers.{}.self_attn.k_proj", "layers.{}.attention.qkv", "k"),
+        ("model.layers.{}.self_attn.v_proj", "layers.{}.attention.qkv", "v"),
+        ("model.layers.{}.self_attn.o_proj", "layers.{}.attention.out"),
+        ("model.layers.{}.post_attention_layernorm", "layers.{}.mlp_norm"),
+        ("model.layers.{}.mlp.gate_proj", "layers.{}.mlp.gate_up", "gate"),
+        ("model.layers.{}.mlp.up_proj", "layers.{}.mlp.gate_up", "up"),
+        ("model.layers.{}.mlp.down_proj", "layers.{}.mlp.down"),
+        ("model.norm", "norm"),
+        ("lm_head", "lm_head"),
+    )
+
+    def __init__(self, config: ModelConfig, dtype):
+        self.config = config
+        # Old checkpoints hold the rotary frequencies, which follow from the config. A tied head may be there twice.
+        self.ignored_weights = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
+        initializer = normal(config.initializer_range)
+        self.embed = Embed(config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer)
+        self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.rope = Rope(config.rope)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype, initializer=initializer
+            )
+
+    def __call__(self, kv: KVPages, batch: StepBatch) -> tuple[jax.Array, KVPages]:
+        """Hidden states [T, D] after the last norm, and the pages with this step's KV."""
+        x = self.embed(batch.token_ids)
+        cos, sin = self.rope(batch.positions, sequence_lengths(batch.positions, batch.prompt_lens, batch.seq_ids))
+        new_kv = []
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            x, layer_kv = layer(x, cos, sin, layer_kv, batch)
+            new_kv.append(layer_kv)
+        return self.norm(x), tuple(new_kv)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [S, D] -> float32 [S, V]."""
+        if self.lm_head is None:
+            return self.embed.logits(hidden)
+        return self.lm_head(hidden, out_dtype=jnp.float32)
+
+    def kv_shapes(self, num_pages: int, page_size: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        shape = (num_pages, self.config.num_key_value_heads, page_size, self.config.head_dim)
+        return ((shape, shape),) * self.config.num_hidden_layers
