@@ -1,0 +1,484 @@
+"""Scheduler: which requests compute how many tokens in the next step. Pure Python and NumPy: no device, no clock.
+
+There are no phases. Every request has tokens to catch up with: a new prompt many, a decoding one a single token, so
+chunked prefill, prefix-cache hits, recomputation after preemption and decoding are all the same number in a plan.
+
+A step: residents first, each as far as the token budget goes; where pages run out, victims give theirs up and will be
+computed again (preemption by recompute). Then, if nobody was preempted, waiting requests are admitted while budget,
+slots and pages last. A policy decides order, budget and victims. Whatever it decides, the scheduler guarantees:
+
+  I1  no request is lost: each is waiting, resident or finished, and finishes once;
+  I2  pages are free or held, never over-committed;
+  I3  a row's pages cover what it computes, and it computes at least one token;
+  I4  a plan stays within max_num_batched_tokens and max_num_seqs;
+  I5  progress: if a policy's step would do nothing, first-come-first-served plans it; what can never fit is refused;
+  I6  no livelock: a request preempted MAX_PREEMPTIONS times without a new token in between is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxllm.scheduling.draft import Draft
+from jaxllm.scheduling.kv_memory import KVMemory
+from jaxllm.scheduling.plan import StepOutput, StepPlan
+from jaxllm.scheduling.policy import Budget, EngineInfo, Policy, StepReport
+from jaxllm.scheduling.request import FinishReason, IntArray, Request, State
+from jaxllm.scheduling.residents import Ints, Residents
+from jaxllm.scheduling.view import SchedulerView
+from jaxllm.scheduling.waiting import WaitingQueue
+
+MAX_PREEMPTIONS = 8
+
+logger = logging.getLogger(__name__)
+
+
+class RequestTooLong(ValueError):
+    """A request that could never be computed with this engine's memory or lengths."""
+
+
+class _PolicyFailed(Exception):
+    """A policy raised; the step goes on without it."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The scheduler's share of the engine's configuration; see EngineConfig for the fields' meaning."""
+
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ValueError(
+                f"without chunked prefill, max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_model_len ({self.max_model_len})"
+            )
+
+
+class Scheduler:
+    """Continuous batching over a paged KV pool (Orca, OSDI 2022; vLLM, SOSP 2023; Sarathi-Serve, OSDI 2024).
+
+    Use: `add` requests; then `plan = schedule(now)`, run it, `update(plan, tokens, now)`, and again. One more plan may
+    be made before a step's tokens are known; those tokens are then in flight, and the plan refers to them without
+    their values.
+    """
+
+    def __init__(self, config: SchedulerConfig, policy: Policy | None = None) -> None:
+        self.config = config
+        self.policy = policy or Policy()
+        if self.policy.traits.preempt_to_admit and self.policy.traits.order != "all":
+            raise ValueError('Traits.preempt_to_admit needs order="all": only then are the residents ranked')
+        max_pages = -(-config.max_model_len // config.page_size)
+        self.residents = Residents(config.max_num_seqs, max_pages)
+        self.memory = KVMemory(config.num_pages, config.page_size, config.enable_prefix_caching, self.residents)
+        self.waiting = WaitingQueue()
+        self.requests: dict[str, Request] = {}
+        self.num_preemptions = self.num_policy_stalls = self.num_policy_errors = self.num_recomputed_tokens = 0
+        self._added = self._step = 0
+        self._fcfs = Policy()
+        self._info = EngineInfo(
+            config.page_size, config.num_pages, config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len
+        )
+
+    # --- requests come and go
+
+    def add(self, request: Request, now: float = 0.0) -> None:
+        """Queues a request. Raises RequestTooLong if it could never fit, ValueError if its id is in use."""
+        if request.id in self.requests:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        self._check_fits(request)
+        request.index = self._added
+        request.rank = self.policy.key(request)
+        self.waiting.add(request)
+        self._added += 1
+        self.requests[request.id] = request
+        self._tell("on_arrival", request, now)
+
+    def abort(self, request_id: str, now: float = 0.0) -> Request | None:
+        """Ends a request, in whatever state; None if there is none of this id. Tokens in flight are dropped."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._finish(request, FinishReason.ABORT, None, now)
+        return request
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes; residents keep their pages, but nobody else will find them."""
+        if self.memory.cache is not None:
+            self.memory.cache.clear()
+
+    def check(self) -> None:
+        """Asserts the invariants I1-I3 between steps."""
+        states = [request.state for request in self.requests.values()]
+        assert states.count(State.WAITING) == len(self.waiting)
+        assert states.count(State.RESIDENT) == len(self.residents) == len(states) - len(self.waiting)
+        self.memory.check()
+
+    # --- planning
+
+    def schedule(self, now: float) -> StepPlan:
+        """The next step's plan; an empty one if there is nothing to do before results of steps in flight are known."""
+        self._step += 1
+        view = SchedulerView(now, self._step, self._info, self.waiting, self.residents, self.memory)
+        draft = self._draft(self.policy, view)
+        try:
+            self._fill(draft, self.policy, view)
+        except _PolicyFailed as failure:
+            self._report_policy_error(failure)
+            self._fill(draft, self._fcfs, view)
+        if not draft.num_tokens and self.requests and not self.residents.pending.any():
+            self.num_policy_stalls += 1
+            draft = replace(self._draft(self._fcfs, view), preempted=draft.preempted, ignore_protection=True)
+            draft.considered.update(request.id for request in draft.preempted)
+            self._fill(draft, self._fcfs, view)
+        plan = draft.finish(self._step, self.residents)
+        for request in plan.requests[plan.num_decodes :]:
+            if request.first_scheduled_at is None:
+                request.first_scheduled_at = now
+        return plan
+
+    def _draft(self, policy: Policy, view: SchedulerView) -> Draft:
+        budget = Budget(self.config.max_num_batched_tokens)
+        if overrides(policy, "budget"):
+            try:
+                budget = policy.budget(view)
+            except Exception as error:
+                self._report_policy_error(error)
+        return Draft.of(budget, self.config.max_num_batched_tokens, self.config.long_prefill_token_threshold)
+
+    def _fill(self, draft: Draft, policy: Policy, view: SchedulerView) -> None:
+        """Gives tokens to requests until something runs out."""
+        if policy.traits.order == "waiting":
+            if not draft.residents_done:
+                self._run_residents(draft, policy, view)
+            candidates = self._ordered(policy, view) if self._may_admit(draft, policy) else ()
+        else:
+            candidates = self._ordered(policy, view)
+        for request in candidates:
+            if request.id in draft.considered or self.requests.get(request.id) is not request:
+                continue  # named twice, or not ours
+            draft.considered.add(request.id)
+            if request.state is State.RESIDENT:
+                self._run(request, draft, policy, view)
+                self.memory.publish([request.slot] if request.slot >= 0 else [])
+            elif not self._may_admit(draft, policy):
+                continue
+            elif not self._admit(request, draft, policy, view) and policy.traits.blocked_head == "stop":
+                break
+
+    # --- residents
+
+    def _run_residents(self, draft: Draft, policy: Policy, view: SchedulerView) -> None:
+        """All residents, in admission order."""
+        draft.residents_done = True
+        if not draft.considered and self._run_all_at_once(draft):
+            return
+        draft.may_unplan = not draft.num_tokens
+        for request in self.residents.in_order():
+            if request.state is State.RESIDENT and request.id not in draft.considered:
+                draft.considered.add(request.id)
+                self._run(request, draft, policy, view)
+        draft.may_unplan = False
+        self.memory.publish(list(draft.num_tokens))
+
+    def _run_all_at_once(self, draft: Draft) -> bool:
+        """The usual case, in a few array operations: every page that the residents need is free. Else False."""
+        r, slots = self.residents, self.residents.order
+        remaining = self._remaining(slots)
+        counts = draft.sizes(remaining)
+        pages = np.maximum(-(-(r.computed[slots] + counts) // self.config.page_size) - r.num_pages[slots], 0)
+        if int(pages.sum()) > self.memory.pool.num_free:
+            return False
+        growing = pages > 0
+        for slot, count in zip(slots[growing].tolist(), pages[growing].tolist(), strict=True):
+            self.memory.grow(slot, count)
+        r.computed[slots] += counts
+        runs = counts > 0
+        draft.take_all(slots[runs], counts[runs], remaining[runs])
+        self.memory.publish(slots[counts > 1].tolist())
+        return True
+
+    def _remaining(self, slots: Ints) -> Ints:
+        """Tokens that each slot has to catch up with; 0 once its last token is in flight."""
+        r = self.residents
+        return np.where(r.total[slots] < r.limit[slots], r.total[slots] - r.computed[slots], 0)
+
+    def _run(self, request: Request, draft: Draft, policy: Policy, view: SchedulerView) -> None:
+        """One resident, as far as the budget goes; preempts where pages run out."""
+        r, slot = self.residents, request.slot
+        remaining = int(self._remaining(np.array([slot]))[0])
+        count = draft.size(remaining)
+        if count <= 0:
+            return
+        pages = self.memory.pages_for(int(r.computed[slot]) + count) - int(r.num_pages[slot])
+        if not self._make_room(pages, request, draft, policy, view):
+            return
+        self.memory.grow(slot, max(pages, 0))
+        r.computed[slot] += count
+        draft.take(slot, count, remaining)
+
+    def _make_room(self, pages: int, request: Request, draft: Draft, policy: Policy, view: SchedulerView) -> bool:
+        """Preempts the policy's victims until `pages` are free; False if they don't come free for `request`."""
+        pool = self.memory.pool
+        if pages <= pool.num_free:
+            return True
+        for victim in self._victims(policy, pages - pool.num_free, view):
+            if victim is not request and not self._may_preempt(victim, draft):
+                continue
+            self._preempt(victim, draft)
+            if victim is request:
+                return False
+            if pages <= pool.num_free:
+                return True
+        return False
+
+    def _may_preempt(self, victim: Request, draft: Draft) -> bool:
+        if self.requests.get(victim.id) is not victim or victim.state is not State.RESIDENT:
+            return False
+        if victim.preemptions_in_a_row >= MAX_PREEMPTIONS and not draft.ignore_protection:
+            return False
+        planned = victim.slot in draft.num_tokens
+        return draft.may_unplan if planned else draft.may_unplan or victim.id not in draft.considered
+
+    def _preempt(self, victim: Request, draft: Draft) -> None:
+        """Takes the victim's pages; it waits to be computed again. A token in flight will still reach it."""
+        r, slot = self.residents, victim.slot
+        computed = int(r.computed[slot])
+        if slot in draft.num_tokens:
+            count = draft.num_tokens[slot]
+            computed -= count
+            draft.give_back(slot, int(r.total[slot]) - computed)
+        self.num_recomputed_tokens += computed
+        self.memory.pool.release(r.remove(victim))
+        victim.state = State.WAITING
+        victim.preemptions += 1
+        victim.preemptions_in_a_row += 1
+        self.num_preemptions += 1
+        self.waiting.add(victim)
+        draft.preempted.append(victim)
+        draft.considered.add(victim.id)
+
+    # --- waiting requests
+
+    def _may_admit(self, draft: Draft, policy: Policy) -> bool:
+        return (
+            draft.tokens_left > 0
+            and self.residents.num_free > 0
+            and len(self.waiting) > 0
+            and (not draft.preempted or policy.traits.admit_after_preempt)
+        )
+
+    def _admit(self, request: Request, draft: Draft, policy: Policy, view: SchedulerView) -> bool:
+        """Makes a waiting request resident and plans its first tokens; False if it does not fit now."""
+        hits = self.memory.match(request)
+        start = len(hits) * self.config.page_size
+        remaining = request.num_tokens - start
+        count = draft.size(remaining)
+        if count <= 0 or (count < remaining and not self.config.enable_chunked_prefill):
+            return False
+        # All of its known tokens must fit, not only this chunk: else it would soon be the next victim.
+        wanted = self.memory.pages_for(request.num_tokens) - len(hits) + self._reserve(policy, request, view)
+        if not self._displace(wanted, hits, request, draft, policy, view):
+            return False
+        slot = self.residents.add(request, self._limit(request))
+        self.waiting.remove(request)
+        self.memory.begin(request, hits)
+        self.memory.grow(slot, self.memory.pages_for(start + count) - len(hits))
+        self.residents.computed[slot] += count
+        draft.take(slot, count, remaining)
+        self.memory.publish([slot])
+        return True
+
+    def _displace(
+        self, pages: int, hits: list[int], request: Request, draft: Draft, policy: Policy, view: SchedulerView
+    ) -> bool:
+        """Whether `pages` are free besides the hits; a policy that may preempt to admit makes them so."""
+        if pages <= self.memory.num_free_without(hits):
+            return True
+        if not policy.traits.preempt_to_admit:
+            return False
+        for victim in self._victims(policy, pages - self.memory.num_free_without(hits), view):
+            if self._may_preempt(victim, draft):
+                self._preempt(victim, draft)
+                if pages <= self.memory.num_free_without(hits):
+                    return True
+        return False
+
+    # --- results
+
+    def update(self, plan: StepPlan, tokens: IntArray, now: float = 0.0, seconds: float = 0.0) -> StepOutput:
+        """Takes in a step's result: `tokens` i32[S], one a row of the plan, read only where the row samples.
+
+        A row whose request has ended meanwhile is ignored; one whose request was preempted meanwhile still counts: it
+        was computed from that request's own tokens.
+        """
+        r = self.residents
+        here = r.generation[plan.slots] == plan.generations
+        rows = np.flatnonzero(plan.samples & here)
+        slots, new = plan.slots[rows], tokens[rows]
+        r.pending[slots] -= 1
+        r.last_token[slots] = new
+        known = r.total[slots] - r.pending[slots]
+        stops = (new[:, None] == r.stop_ids[slots]).any(axis=1) & (known >= r.min_total[slots])
+        done = stops | (known >= r.limit[slots])
+        requests = [plan.requests[row] for row in rows.tolist()]
+        values: list[int] = new.tolist()
+        for request, value in zip(requests, values, strict=True):
+            request.output_token_ids.append(value)
+        for i in np.flatnonzero(known == r.prompt_len[slots] + 1).tolist():
+            requests[i].first_token_at = now
+        self.memory.publish(slots[known // self.config.page_size > r.cached_pages[slots]].tolist())
+        finished = [requests[i] for i in np.flatnonzero(done).tolist()]
+        for request, stopped in zip(finished, stops[done].tolist(), strict=True):
+            self._end(request, stopped, now)
+        self._forgive(requests)
+        late = [row for row in np.flatnonzero(plan.samples & ~here).tolist() if self._take_late(plan, row, tokens, now)]
+        late_requests = [plan.requests[row] for row in late]
+        finished += [request for request in late_requests if request.state is State.FINISHED]
+        rows = np.concatenate([rows, np.array(late, np.int64)])
+        output = StepOutput(requests + late_requests, values + [int(tokens[row]) for row in late], rows, finished)
+        if overrides(self.policy, "on_step"):
+            self._report_step(plan, output, now, seconds)
+        return output
+
+    def _take_late(self, plan: StepPlan, row: int, tokens: IntArray, now: float) -> bool:
+        """A token for a request that lost its slot after the step was planned; False if the request has ended."""
+        request, token = plan.requests[row], int(tokens[row])
+        if request.state is not State.WAITING:
+            return False
+        request.output_token_ids.append(token)
+        request.preemptions_in_a_row = 0
+        if request.first_token_at is None:
+            request.first_token_at = now
+        stopped = token in request.stop_token_ids and request.generated >= request.min_new_tokens
+        if stopped or request.num_tokens >= self._limit(request):
+            self._end(request, stopped, now)
+        return True
+
+    def _forgive(self, requests: list[Request]) -> None:
+        """A new token ends a row of preemptions (I6)."""
+        if self.num_preemptions:
+            for request in requests:
+                request.preemptions_in_a_row = 0
+
+    def _end(self, request: Request, stopped: bool, now: float) -> None:
+        if stopped:
+            self._finish(request, FinishReason.STOP, request.output_token_ids[-1], now)
+        else:
+            self._finish(request, FinishReason.LENGTH, None, now)
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | None = None, now: float = 0.0) -> None:
+        """Ends an unfinished request from outside, for example because its text met a stop string."""
+        if request.state is not State.FINISHED:
+            self._finish(request, reason, stop_reason, now)
+
+    def _finish(self, request: Request, reason: FinishReason, stop_reason: int | None, now: float) -> None:
+        if request.state is State.RESIDENT:
+            self.memory.pool.release(self.residents.remove(request))
+        else:
+            self.waiting.remove(request)
+        del self.requests[request.id]
+        request.state, request.finish_reason, request.stop_reason = State.FINISHED, reason, stop_reason
+        self._tell("on_finish", request, now)
+
+    # --- limits
+
+    def _limit(self, request: Request) -> int:
+        return min(request.prompt_len + request.max_new_tokens, self.config.max_model_len)
+
+    def _check_fits(self, request: Request) -> None:
+        config, limit = self.config, self._limit(request)
+        if request.prompt_len < 1:
+            raise RequestTooLong("the prompt is empty: it needs at least one token")
+        if request.prompt_len >= config.max_model_len:
+            raise RequestTooLong(
+                f"the prompt has {request.prompt_len} tokens; max_model_len is {config.max_model_len}, of which at "
+                f"least one token is for the answer: shorten the prompt or raise max_model_len"
+            )
+        pages = self.memory.pages_for(limit - 1)  # the last token's own KV is never needed
+        if pages > config.num_pages:
+            raise RequestTooLong(
+                f"the request needs {pages} KV pages ({request.prompt_len} prompt tokens and up to "
+                f"{limit - request.prompt_len} new ones, {config.page_size} tokens a page); the pool has "
+                f"{config.num_pages}: lower max_tokens, or give the KV cache more memory"
+            )
+
+    # --- talking to the policy; whatever it raises stays here
+
+    def _reserve(self, policy: Policy, request: Request, view: SchedulerView) -> int:
+        if not overrides(policy, "reserve"):
+            return 0
+        try:
+            return max(int(policy.reserve(request, view)), 0)
+        except Exception as error:
+            raise _PolicyFailed from error
+
+    def _ordered(self, policy: Policy, view: SchedulerView) -> Iterator[Request]:
+        if not overrides(policy, "order") and policy.traits.order == "waiting":
+            yield from list(self.waiting) if policy.traits.blocked_head == "skip" else self._heads()
+            return
+        yield from self._guarded(lambda: policy.order(view))
+
+    def _heads(self) -> Iterator[Request]:
+        """The queue's head, again and again: admitting it makes the next one the head."""
+        seen = None
+        while (head := self.waiting.head) is not None and head is not seen:
+            seen = head
+            yield head
+
+    def _victims(self, policy: Policy, needed: int, view: SchedulerView) -> Iterator[Request]:
+        view.__dict__.pop("resident", None)  # as of now: others may have been preempted since it was looked up
+        return self._guarded(lambda: policy.victims(needed, view))
+
+    def _guarded(self, ask: Callable[[], Iterable[Request]]) -> Iterator[Request]:
+        try:
+            yield from ask()
+        except Exception as error:
+            raise _PolicyFailed from error
+
+    def _tell(self, hook: str, request: Request, now: float) -> None:
+        if overrides(self.policy, hook):
+            view = SchedulerView(now, self._step, self._info, self.waiting, self.residents, self.memory)
+            try:
+                getattr(self.policy, hook)(request, view)
+            except Exception as error:
+                self._report_policy_error(error)
+
+    def _report_step(self, plan: StepPlan, output: StepOutput, now: float, seconds: float) -> None:
+        new = {request.id for request in output.requests}
+        items = [
+            (request, int(n) if row >= plan.num_decodes else 0, int(request.id in new))
+            for row, (request, n) in enumerate(zip(plan.requests, plan.num_tokens, strict=True))
+        ]
+        view = SchedulerView(now, self._step, self._info, self.waiting, self.residents, self.memory)
+        try:
+            self.policy.on_step(StepReport(items, seconds), view)
+        except Exception as error:
+            self._report_policy_error(error)
+
+    def _report_policy_error(self, error: BaseException) -> None:
+        self.num_policy_errors += 1
+        cause = error.__cause__ or error
+        logger.error("the scheduling policy raised %r; first come, first served stands in", cause, exc_info=cause)
+
+
+def overrides(policy: Policy, method: str) -> bool:
+    """Whether the policy has its own version of a method; the defaults need no view to be built."""
+    return getattr(type(policy), method) is not getattr(Policy, method)

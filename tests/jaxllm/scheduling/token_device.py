@@ -1,0 +1,54 @@
+"""TokenDevice: an executor without arithmetic, whose pages hold token ids where a real one's hold KV.
+
+Its next token is the sum of all tokens so far, modulo a small vocabulary, read through the page table. So one wrong page,
+one token computed twice or too early, changes the output, and what a request must produce is `expected_output`.
+"""
+
+import numpy as np
+
+from jaxllm.scheduling.plan import IN_FLIGHT, StepPlan
+from jaxllm.scheduling.scheduler import SchedulerConfig
+
+VOCABULARY = 11
+
+
+def expected_output(prompt, max_new_tokens, stop_token_ids=(), min_new_tokens=0) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_new_tokens:
+        tokens.append(sum(tokens) % VOCABULARY)
+        if tokens[-1] in stop_token_ids and len(tokens) - len(prompt) >= min_new_tokens:
+            break
+    return tokens[len(prompt) :]
+
+
+class TokenDevice:
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        max_pages = -(-config.max_model_len // config.page_size)
+        self.pages = np.full((config.num_pages, config.page_size), -1)
+        self.page_table = np.full((config.max_num_seqs, max_pages), -1)
+        self.last_token = np.full(config.max_num_seqs, -1)
+
+    def execute(self, plan: StepPlan) -> np.ndarray:
+        size = self.config.page_size
+        assert 0 < plan.num_tokens.sum() <= self.config.max_num_batched_tokens and np.all(plan.num_tokens >= 1)  # I3, I4
+        assert len(set(plan.slots.tolist())) == len(plan.slots) <= self.config.max_num_seqs
+        entries = [tuple(entry) for entry in plan.page_updates[:, :2].tolist()]
+        assert len(set(entries)) == len(entries)
+        self.page_table[plan.page_updates[:, 0], plan.page_updates[:, 1]] = plan.page_updates[:, 2]
+        rows, read = [], 0
+        for slot, start, count in zip(plan.slots, plan.starts, plan.num_tokens, strict=True):
+            tokens = plan.tokens[read : read + count]
+            read += count
+            rows.append(np.where(tokens == IN_FLIGHT, self.last_token[slot], tokens))
+            positions = np.arange(start, start + count)
+            self.pages[self.page_table[slot, positions // size], positions % size] = rows[-1]  # all writes, then all reads
+        result = np.zeros(len(plan.slots), np.int32)
+        for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.num_tokens, strict=True)):
+            positions = np.arange(start + count)
+            context = self.pages[self.page_table[slot, positions // size], positions % size]
+            if plan.samples[row]:
+                result[row] = self.last_token[slot] = context.sum() % VOCABULARY
+            else:
+                result[row] = -1
+        return result
