@@ -49,6 +49,7 @@ class Request:
       arrival: when it came, seconds on the engine's clock.
       tenant: whose it is, for fair scheduling.
       cache_salt: only requests with equal salts share cached pages.
+      sampling: what the executor needs to know to sample for it; the scheduler does not look at it.
       data: the policy's own notes on it.
     """
 
@@ -61,6 +62,7 @@ class Request:
     arrival: float = 0.0
     tenant: str = ""
     cache_salt: str = ""
+    sampling: Any = None
     data: dict[str, Any] = field(default_factory=dict)
 
     output_token_ids: list[int] = field(default_factory=list)

@@ -100,7 +100,7 @@ class Scheduler:
         """Queues a request. Raises RequestTooLong if it could never fit, ValueError if its id is in use."""
         if request.id in self.requests:
             raise ValueError(f"request id {request.id!r} is already in use")
-        self._check_fits(request)
+        self.check_fits(request.prompt_len, request.max_new_tokens)
         request.index = self._added
         request.rank = self.policy.key(request)
         self.waiting.add(request)
@@ -403,21 +403,23 @@ class Scheduler:
     def _limit(self, request: Request) -> int:
         return min(request.prompt_len + request.max_new_tokens, self.config.max_model_len)
 
-    def _check_fits(self, request: Request) -> None:
-        config, limit = self.config, self._limit(request)
-        if request.prompt_len < 1:
+    def check_fits(self, prompt_len: int, max_new_tokens: int) -> None:
+        """Raises RequestTooLong, with the numbers, for a request that could never be computed to its end."""
+        config = self.config
+        if prompt_len < 1:
             raise RequestTooLong("the prompt is empty: it needs at least one token")
-        if request.prompt_len >= config.max_model_len:
+        if prompt_len >= config.max_model_len:
             raise RequestTooLong(
-                f"the prompt has {request.prompt_len} tokens; max_model_len is {config.max_model_len}, of which at "
+                f"the prompt has {prompt_len} tokens; max_model_len is {config.max_model_len}, of which at "
                 f"least one token is for the answer: shorten the prompt or raise max_model_len"
             )
+        limit = min(prompt_len + max_new_tokens, config.max_model_len)
         pages = self.memory.pages_for(limit - 1)  # the last token's own KV is never needed
         if pages > config.num_pages:
             raise RequestTooLong(
-                f"the request needs {pages} KV pages ({request.prompt_len} prompt tokens and up to "
-                f"{limit - request.prompt_len} new ones, {config.page_size} tokens a page); the pool has "
-                f"{config.num_pages}: lower max_tokens, or give the KV cache more memory"
+                f"the request needs {pages} KV pages ({prompt_len} prompt tokens and up to {limit - prompt_len} new "
+                f"ones, {config.page_size} tokens a page); the pool has {config.num_pages}: lower max_tokens, or give "
+                f"the KV cache more memory"
             )
 
     # --- talking to the policy; whatever it raises stays here

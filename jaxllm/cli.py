@@ -1,0 +1,168 @@
+"""The command line: jaxllm generate and jaxllm chat. Engine flags are generated from EngineConfig."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+from jaxllm.config import EngineConfig
+from jaxllm.sampling_params import SamplingParams
+
+_SAMPLING_FLAGS = {
+    "n": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "seed": int,
+    "max_tokens": int,
+    "min_tokens": int,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        print(f"jaxllm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(prog="jaxllm", description="LLM inference in pure JAX.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="continue prompts", description="Continues prompts.")
+    generate.add_argument("prompts", nargs="*", help="prompts; none: one a line from standard input")
+    generate.add_argument("--no-stream", action="store_true", help="print answers when they are complete")
+    generate.set_defaults(run=run_generate)
+    chat = commands.add_parser("chat", help="talk with the model", description="Talks with the model, turn by turn.")
+    chat.add_argument("--system-prompt", help="the system message")
+    chat.set_defaults(run=run_chat)
+    for command in (generate, chat):
+        command.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+        add_sampling_flags(command)
+        add_engine_flags(command)
+    return top
+
+
+def add_engine_flags(command: argparse.ArgumentParser) -> None:
+    """One flag a field of EngineConfig; booleans also have a --no- form."""
+    group = command.add_argument_group("engine")
+    hints = get_type_hints(EngineConfig)
+    for one in dataclasses.fields(EngineConfig):
+        flag = "--" + one.name.replace("_", "-")
+        options: dict[str, Any] = {"default": None, "dest": one.name, "help": f"{one.metadata['help']} ({one.default})"}
+        if hints[one.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _parser_of(hints[one.name])
+            options["choices"] = one.metadata["choices"]
+        group.add_argument(flag, **options)
+
+
+def add_sampling_flags(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("sampling (default: the model's generation_config.json)")
+    for name, kind in _SAMPLING_FLAGS.items():
+        group.add_argument("--" + name.replace("_", "-"), type=kind, dest=name)
+    group.add_argument("--stop", action="append", help="a string that ends the answer; may be given several times")
+    group.add_argument("--ignore-eos", action="store_true", default=None)
+
+
+def engine_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine fields that were given."""
+    names = (one.name for one in dataclasses.fields(EngineConfig))
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The given sampling fields over `defaults`."""
+    names = (*_SAMPLING_FLAGS, "stop", "ignore_eos")
+    return dataclasses.replace(
+        defaults, **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    )
+
+
+def _parser_of(hint: Any) -> Callable[[str], Any]:
+    if isinstance(hint, types.UnionType):
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is dict:
+        return json.loads
+    return hint if hint in (int, float) else str
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from jaxllm.llm import LLM
+
+    prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("no prompts: give them as arguments, or one a line on standard input")
+    llm = LLM(**engine_args(args))
+    params = sampling_params(args, _longer(llm.get_default_sampling_params()))
+    if args.no_stream or len(prompts) > 1 or params.n > 1:
+        for output in llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()):
+            for answer in output.outputs:
+                print(f"{output.prompt}{answer.text}\n")
+        return 0
+    print(prompts[0], end="", flush=True)
+    _print_stream(llm, prompts[0], params)
+    print()
+    return 0
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    from jaxllm.llm import LLM
+
+    llm = LLM(**engine_args(args))
+    tokenizer = llm.llm_engine.tokenizer
+    if tokenizer is None:
+        raise ValueError("chat needs a tokenizer")
+    params = sampling_params(args, _longer(llm.get_default_sampling_params()))
+    messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return 0
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        answer = _print_stream(llm, tokenizer.chat_prompt(messages), params)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _print_stream(llm: Any, prompt: str, params: SamplingParams) -> str:
+    """Prints an answer as it grows; returns it, or as much as there was when Ctrl-C ended it."""
+    printed = ""
+    try:
+        for output in llm.stream(prompt, params):
+            text = output.outputs[0].text
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+    except KeyboardInterrupt:
+        print(" [interrupted]", end="")
+    return printed
+
+
+def _longer(defaults: SamplingParams) -> SamplingParams:
+    """vLLM's default of 16 tokens is no answer at a terminal."""
+    return dataclasses.replace(defaults, max_tokens=None if defaults.max_tokens == 16 else defaults.max_tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""EngineConfig: every setting of the engine, once. LLM(**kwargs) and the command line's flags are generated from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxllm.validation import check_known
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+GENERATION_CONFIGS = ("auto", "vllm")
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's settings, under vLLM's names. What is None is decided once the model and the device are known.
+
+    Raises ValueError, naming the field, the value and what is allowed.
+    """
+
+    model: Any = option(None, "folder or hub id of a Hugging Face checkpoint; none: the embedded default model")
+    tokenizer: Any = option(None, "folder or hub id of the tokenizer, or a tokenizer object; none: the model's")
+    skip_tokenizer_init: bool = option(False, "load no tokenizer: token ids in, token ids out")
+    trust_remote_code: bool = option(False, "allow a checkpoint's own tokenizer code to run")
+    revision: str | None = option(None, "branch, tag or commit of a model on the hub")
+    tokenizer_revision: str | None = option(None, "the same for the tokenizer")
+    download_dir: str | None = option(None, "where hub downloads are kept; none: the hub's own cache")
+    load_format: str = option("auto", "auto: the checkpoint's weights; dummy: random ones", LOAD_FORMATS)
+    hf_overrides: dict[str, Any] | None = option(None, "values that replace those of the checkpoint's config.json")
+    generation_config: str = option(
+        "auto", "auto: sampling defaults from generation_config.json; vllm: none from there", GENERATION_CONFIGS
+    )
+    dtype: str = option("auto", "of weights and KV; auto: the checkpoint's on a GPU, float32 on a CPU", DTYPES)
+    seed: int = option(0, "of the requests that bring no seed of their own, and of random weights")
+    max_model_len: int | None = option(None, "longest sequence, prompt and answer; none: the model's")
+    tensor_parallel_size: int = option(1, "GPUs to spread one model over; only 1 so far")
+    gpu_memory_utilization: float = option(0.92, "fraction of the GPU's memory that the engine takes")
+    kv_cache_memory_bytes: int | None = option(None, "bytes for KV pages, instead of measuring what is free")
+    num_gpu_blocks_override: int | None = option(None, "number of KV pages, instead of measuring")
+    block_size: int = option(16, "tokens a KV page")
+    enable_prefix_caching: bool = option(True, "reuse the KV of prompt beginnings seen before")
+    max_num_seqs: int | None = option(None, "most sequences in one step")
+    max_num_batched_tokens: int | None = option(None, "most tokens in one step")
+    enable_chunked_prefill: bool = option(True, "let a long prompt be computed over several steps")
+    long_prefill_token_threshold: int = option(0, "most tokens of one prompt in one step; 0: no limit of its own")
+    scheduling_policy: Any = option("fcfs", "fcfs, priority, or a Policy object")
+    async_scheduling: bool = option(True, "schedule a step while the one before it runs")
+    enforce_eager: bool = option(False, "compile each shape when it is first met, not all at start-up")
+    max_logprobs: int = option(20, "most log probabilities that a request may ask for per token")
+    use_tqdm_on_load: bool = option(True, "progress bars while loading and compiling")
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            choices = one.metadata["choices"]
+            if choices and getattr(self, one.name) not in choices:
+                raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {getattr(self, one.name)!r}")
+        for name in _POSITIVE:
+            self._check_integer(name, 1)
+        for name in ("long_prefill_token_threshold", "max_logprobs", "seed"):
+            self._check_integer(name, 0)
+        utilization = self.gpu_memory_utilization
+        if not (isinstance(utilization, int | float) and math.isfinite(utilization) and 0 < utilization <= 1):
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
+        if self.tensor_parallel_size != 1:
+            raise ValueError(f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size!r}")
+
+    @classmethod
+    def create(cls, **fields: Any) -> EngineConfig:
+        """As the constructor, but an unknown field is answered with the nearest known one (TypeError)."""
+        check_known(fields, (one.name for one in dataclasses.fields(cls)), "EngineConfig")
+        return cls(**fields)
+
+    def _check_integer(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        optional = type(self).__dataclass_fields__[name].default is None
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+_POSITIVE = (
+    "max_model_len",
+    "kv_cache_memory_bytes",
+    "num_gpu_blocks_override",
+    "block_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
+
+
+def resolve(config: EngineConfig, *, max_positions: int, device_bytes: int | None) -> EngineConfig:
+    """Fills in what depends on the model and the device.
+
+    Args:
+      max_positions: the longest sequence that the model's config allows.
+      device_bytes: memory of the GPU; None on a CPU.
+    """
+    if config.max_model_len is not None and config.max_model_len > max_positions:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} exceeds the model's max_position_embeddings={max_positions}"
+        )
+    if device_bytes is None:
+        seqs, tokens = 64, 1024
+    elif device_bytes >= 60 * 2**30:
+        seqs, tokens = 1024, 16384
+    else:
+        seqs, tokens = 256, 8192
+    max_model_len = config.max_model_len or max_positions
+    tokens = config.max_num_batched_tokens or tokens
+    if not config.enable_chunked_prefill and config.max_num_batched_tokens is None:
+        tokens = max(tokens, max_model_len)
+    return dataclasses.replace(
+        config,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs or min(seqs, tokens),
+        max_num_batched_tokens=tokens,
+    )

@@ -1,0 +1,322 @@
+"""LLMEngine: text in, text out, around the scheduling loop. The only place where tokenizer and scheduler meet.
+
+    add_request -> tokens -> Request -> Scheduler -> plan -> ModelRunner -> tokens -> Sequence -> text -> RequestOutput
+
+It is single-threaded: whoever owns it calls `add_request`, `abort_request` and `step`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxllm.config import EngineConfig
+from jaxllm.outputs import RequestMetrics, RequestOutput
+from jaxllm.runner.model_runner import ModelRunner, RunnerResult
+from jaxllm.runner.sampler import MAX_STOP_IDS, SamplingSpec
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.scheduling import EngineLoop, FinishReason, Request, Scheduler, SchedulerConfig, StepOutput, make_policy
+from jaxllm.sequence import Sequence
+from jaxllm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | SequenceOf[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+
+@dataclass
+class _Group:
+    """A request as its caller sees it: one prompt and n sequences."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sequences: list[Sequence]
+    streaming: bool
+    arrival: float
+    finished_time: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.request.finish_reason is not None for sequence in self.sequences)
+
+    def output(self) -> RequestOutput:
+        first = self.sequences[0].request
+        metrics = RequestMetrics(self.arrival, first.first_scheduled_at, first.first_token_at, self.finished_time)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[sequence.output(holding_back=self.streaming) for sequence in self.sequences],
+            finished=self.finished,
+            metrics=metrics,
+            num_cached_tokens=first.num_cached_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that has passed every check and can be added."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class LLMEngine:
+    """Continuous batching of text requests on one device.
+
+    Args:
+      runner: the device side.
+      tokenizer: None to work with token ids alone.
+      eos_token_ids: tokens that end an answer unless `ignore_eos`; the first is "the" end of sequence, the others are
+        reported as `stop_reason`.
+    """
+
+    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer | None, eos_token_ids: SequenceOf[int] = ()) -> None:
+        self.runner, self.tokenizer, self.eos_token_ids = runner, tokenizer, tuple(eos_token_ids)
+        self.config: EngineConfig = runner.config
+        config = self.config
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_pages=runner.num_pages,
+                page_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=config.max_model_len,
+                enable_prefix_caching=config.enable_prefix_caching,
+                enable_chunked_prefill=config.enable_chunked_prefill,
+                long_prefill_token_threshold=config.long_prefill_token_threshold,
+            ),
+            make_policy(config.scheduling_policy),
+        )
+        self._loop = EngineLoop(self.scheduler, runner, time.monotonic, ahead=int(config.async_scheduling))
+        self._groups: dict[str, _Group] = {}
+        self._of_request: dict[str, tuple[_Group, Sequence]] = {}
+        self._num_watched = 0  # sequences that need a look after every step
+        self._counter = itertools.count()
+
+    # --- requests
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | Mapping[str, Any] | None = None) -> PreparedRequest:
+        """Tokenizes and checks a request without adding it.
+
+        Raises: ValueError or TypeError naming the field, the value and what is allowed.
+        """
+        params = SamplingParams.of(params)
+        text, ids = self._tokens_of(prompt)
+        self._check(ids, params)
+        return PreparedRequest(text, ids, params)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt | PreparedRequest,
+        params: SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        priority: int = 0,
+        arrival_time: float | None = None,
+        streaming: bool = True,
+    ) -> None:
+        """Queues a request.
+
+        Args:
+          request_id: unique among the unfinished ones.
+          priority: for scheduling_policy="priority"; lower is sooner.
+          arrival_time: on time.monotonic's clock; None: now.
+          streaming: return an output after each of its tokens; else only the final one.
+
+        Raises: ValueError, TypeError or RequestTooLong, before anything of it is queued.
+        """
+        if request_id in self._groups:
+            raise ValueError(f"request_id {request_id!r} is already in use")
+        ready = prompt if isinstance(prompt, PreparedRequest) else self.prepare(prompt, params)
+        arrival = time.monotonic() if arrival_time is None else arrival_time
+        group = _Group(request_id, ready.prompt, ready.prompt_token_ids, [], streaming, arrival)
+        requests = [self._request(ready, f"{request_id}/{i}", i, priority, arrival) for i in range(ready.params.n)]
+        eos = self.eos_token_ids[0] if self.eos_token_ids else None
+        for i, request in enumerate(requests):
+            self.scheduler.add(request, arrival)
+            sequence = Sequence(request, i, ready.params, self.tokenizer, eos)
+            group.sequences.append(sequence)
+            self._of_request[request.id] = (group, sequence)
+            self._num_watched += self._is_watched(group, sequence)
+        self._groups[request_id] = group
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """Ends requests; unknown ids are ignored. They give no further output."""
+        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
+            group = self._groups.get(request_id)
+            if group is not None:
+                for sequence in group.sequences:
+                    self.scheduler.finish(sequence.request, FinishReason.ABORT, None, time.monotonic())
+                self._forget(group)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self._groups)
+
+    # --- steps
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step; the outputs of requests that got a token they stream, or that finished.
+
+        If the step itself fails, the requests that were running end with finish_reason "error"; the engine goes on.
+        """
+        try:
+            taken = self._loop.step()
+        except Exception:
+            logger.exception("a step failed; its requests end with finish_reason 'error'")
+            return self._fail_residents()
+        return [] if taken is None else self._outputs(*taken)
+
+    def drain(self) -> None:
+        """Waits for steps in flight whose requests are all gone."""
+        while not self._loop.idle:
+            self.step()
+
+    def _outputs(self, output: StepOutput, result: RunnerResult) -> list[RequestOutput]:
+        touched: dict[str, _Group] = {}
+        if self._num_watched:
+            for request, token, row in zip(output.requests, output.tokens, output.rows.tolist(), strict=True):
+                group, sequence = self._of_request[request.id]
+                self._watch(group, sequence, token, row, result)
+                if group.streaming or group.finished:
+                    touched[group.request_id] = group
+        for request in output.finished:
+            group, _ = self._of_request[request.id]
+            if group.finished:
+                touched[group.request_id] = group
+        return [self._hand_out(group) for group in touched.values()]
+
+    def _watch(self, group: _Group, sequence: Sequence, token: int, row: int, result: RunnerResult) -> None:
+        if sequence.logprobs is not None:
+            sequence.add_logprobs(token, row, result.logprobs)
+        if sequence.watches and sequence.catch_up():
+            request = sequence.request
+            if request.finish_reason is None:
+                self.scheduler.finish(request, FinishReason.STOP, None, time.monotonic())
+            else:
+                request.finish_reason = FinishReason.STOP  # it also reached its length, or a stop token, just now
+
+    def _hand_out(self, group: _Group) -> RequestOutput:
+        if group.finished:
+            group.finished_time = time.monotonic()
+            self._forget(group)
+        return group.output()
+
+    def _fail_residents(self) -> list[RequestOutput]:
+        self._loop.drop_in_flight()
+        failed = {self._of_request[request.id][0].request_id for request in self.scheduler.residents.in_order()}
+        for request_id in failed:
+            for sequence in self._groups[request_id].sequences:
+                self.scheduler.finish(sequence.request, FinishReason.ERROR, None, time.monotonic())
+        self.scheduler.reset_prefix_cache()
+        self.runner.reset()
+        return [self._hand_out(self._groups[request_id]) for request_id in failed]
+
+    def _forget(self, group: _Group) -> None:
+        del self._groups[group.request_id]
+        for sequence in group.sequences:
+            del self._of_request[sequence.request.id]
+            self._num_watched -= self._is_watched(group, sequence)
+
+    @staticmethod
+    def _is_watched(group: _Group, sequence: Sequence) -> bool:
+        return group.streaming or sequence.watches or sequence.logprobs is not None
+
+    # --- from a prompt and parameters to the scheduler's Request
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise ValueError(
+                    f'a prompt dict holds "prompt" (text) or "prompt_token_ids" (ids), got the keys {sorted(prompt)}'
+                )
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            return (text, self._checked_ids(ids)) if ids is not None else self._tokens_of(text)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    "prompt is text, but the engine has no tokenizer (skip_tokenizer_init): pass token ids"
+                )
+            return prompt, self.tokenizer.encode(prompt)
+        return None, self._checked_ids(prompt)
+
+    def _checked_ids(self, ids: Any) -> list[int]:
+        if isinstance(ids, np.ndarray) and ids.ndim == 1:
+            ids = ids.tolist()
+        if not isinstance(ids, SequenceOf) or not all(type(token) is int for token in ids):
+            raise TypeError(f"prompt must be text, a sequence of int token ids or a dict of either, got {ids!r:.100}")
+        size = self.runner.network.config.vocab_size
+        for position, token in enumerate(ids):
+            if not 0 <= token < size:
+                raise ValueError(
+                    f"prompt_token_ids[{position}]={token} is out of range: the vocabulary has ids 0 to {size - 1}"
+                )
+        return list(ids)
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        if not ids:
+            raise ValueError("the prompt is empty: it needs at least one token")
+        if params.logprobs is not None and params.logprobs > self.config.max_logprobs:
+            raise ValueError(f"logprobs={params.logprobs} exceeds the engine's max_logprobs={self.config.max_logprobs}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop (strings) needs a tokenizer; use stop_token_ids")
+        size = self.runner.network.config.vocab_size
+        for token in params.stop_token_ids or ():
+            if token >= size:
+                raise ValueError(f"stop_token_ids: {token} is out of range: the vocabulary has ids 0 to {size - 1}")
+        if params.min_tokens and len(self._stop_ids(params)) > MAX_STOP_IDS:
+            raise ValueError(
+                f"min_tokens works with up to {MAX_STOP_IDS} stop tokens (end-of-sequence tokens included), "
+                f"got {len(self._stop_ids(params))}"
+            )
+        self.scheduler.check_fits(len(ids), self._max_new_tokens(len(ids), params))
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset(params.stop_token_ids or ()) | frozenset(() if params.ignore_eos else self.eos_token_ids)
+
+    def _max_new_tokens(self, prompt_len: int, params: SamplingParams) -> int:
+        return params.max_tokens if params.max_tokens is not None else self.config.max_model_len - prompt_len
+
+    def _request(self, ready: PreparedRequest, name: str, index: int, priority: int, arrival: float) -> Request:
+        params, stop_ids = ready.params, self._stop_ids(ready.params)
+        return Request(
+            id=name,
+            prompt=np.array(ready.prompt_token_ids, np.int32),
+            max_new_tokens=self._max_new_tokens(len(ready.prompt_token_ids), params),
+            stop_token_ids=stop_ids,
+            min_new_tokens=params.min_tokens,
+            priority=priority,
+            arrival=arrival,
+            sampling=SamplingSpec(
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                seed=self._seed(params, index),
+                num_logprobs=-1 if params.logprobs is None else params.logprobs,
+                min_tokens=params.min_tokens,
+                masked_ids=tuple(sorted(stop_ids)) if params.min_tokens else (),
+            ),
+        )
+
+    def _seed(self, params: SamplingParams, index: int) -> int:
+        """The request's own seed, else one of the engine's; each of n answers has its own."""
+        if params.seed is not None:
+            return params.seed + index
+        state = np.random.SeedSequence((self.config.seed, next(self._counter))).generate_state(1, np.uint64)
+        return int(state[0])

@@ -1,0 +1,177 @@
+"""From an EngineConfig to a working engine: checkpoint, weights, tokenizer, generation defaults, device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config import EngineConfig, resolve
+from jaxllm.engine import LLMEngine
+from jaxllm.tokenizer import Tokenizer
+
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Checkpoint:
+    """What a model folder says, before any weight is read.
+
+    Attributes:
+      folder: None for a model given in memory.
+      config: the dict of config.json, overrides applied.
+      generation: the dict of generation_config.json; empty if there is none.
+    """
+
+    folder: Path | None
+    config: dict[str, Any]
+    generation: dict[str, Any]
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """All end-of-sequence tokens that the two files name, in order."""
+        found: list[int] = []
+        for value in (self.generation.get("eos_token_id"), self.config.get("eos_token_id")):
+            for token in value if isinstance(value, list) else [value]:
+                if isinstance(token, int) and token not in found:
+                    found.append(token)
+        return found
+
+
+def open_checkpoint(config: EngineConfig) -> Checkpoint:
+    """Finds the model's folder (downloading it if need be) and reads its JSON files."""
+    from jaxllm.models.hub import resolve as find_folder
+
+    overrides = config.hf_overrides or {}
+    if isinstance(config.model, Mapping):
+        return Checkpoint(None, {**config.model, **overrides}, {})
+    if config.model is None:
+        logger.warning("no model was named: using the embedded default, a tiny model that knows a few old books")
+        folder = DEFAULT_MODEL
+    else:
+        folder = find_folder(config.model, config.revision, config.download_dir)
+    return Checkpoint(folder, _read_json(folder / "config.json") | overrides, _read_generation_config(folder))
+
+
+def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
+    """A ready engine. `params`: weights in memory, a nested dict of arrays as models.Network describes it."""
+    start = time.perf_counter()
+    claim_device_memory(config.gpu_memory_utilization)
+    import jax
+
+    from jaxllm.models.config import ModelConfig
+    from jaxllm.models.registry import build
+    from jaxllm.runner.kv_pool import device_memory
+    from jaxllm.runner.model_runner import ModelRunner
+
+    checkpoint = open_checkpoint(config)
+    if checkpoint.folder is None and params is None and config.load_format != "dummy":
+        raise ValueError('model is a config without weights: pass params=, or load_format="dummy" for random weights')
+    model_config = ModelConfig.from_hf(checkpoint.config)
+    device = jax.devices()[0]
+    network = build(model_config, _dtype(config.dtype, model_config.dtype, device.platform))
+    memory = device_memory(device)
+    resolved = resolve(
+        config,
+        max_positions=model_config.max_position_embeddings,
+        device_bytes=None if memory is None else memory[0],
+    )
+    tokenizer = _load_tokenizer(config, checkpoint)
+    params = _load_params(config, network, checkpoint, params)
+    loaded = time.perf_counter()
+    runner = ModelRunner(network, params, resolved)
+    engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer))
+    logger.info(
+        "%s on %s, %s: %d KV pages of %d tokens (%.2f GiB); start-up %.1f s, of which loading %.1f",
+        model_config.architecture, device.device_kind, network.dtype.name, runner.num_pages, resolved.block_size,
+        runner.kv_bytes / 2**30, time.perf_counter() - start, loaded - start,
+    )  # fmt: skip
+    return engine
+
+
+def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
+    """The SamplingParams fields that the checkpoint's generation_config.json sets."""
+    if config.generation_config != "auto" or isinstance(config.model, Mapping):
+        return {}
+    generation = open_checkpoint(dataclasses.replace(config, model=config.model or DEFAULT_MODEL)).generation
+    if generation.get("do_sample") is False:
+        return {"temperature": 0.0}
+    names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+    names["max_new_tokens"] = "max_tokens"
+    return {ours: generation[theirs] for theirs, ours in names.items() if generation.get(theirs) is not None}
+
+
+def claim_device_memory(fraction: float) -> None:
+    """Tells XLA to take `fraction` of the GPU's memory; without it, JAX takes three quarters.
+
+    It must come before JAX first touches the device; a fraction that the user has set in the environment stays.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.4f}")
+
+
+def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is None:
+        if checkpoint.folder is None:
+            return None
+        return Tokenizer.load(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+    if isinstance(config.tokenizer, str | os.PathLike):
+        from jaxllm.models.hub import resolve as find_folder
+
+        folder = find_folder(config.tokenizer, config.tokenizer_revision, config.download_dir)
+        return Tokenizer.load(folder, trust_remote_code=config.trust_remote_code)
+    return Tokenizer(config.tokenizer)
+
+
+def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, params: Any) -> Any:
+    import jax
+
+    from jaxllm.models.weights import check_params, load_params
+
+    if params is not None:
+        check_params(network, params)
+        return jax.device_put(params)
+    if config.load_format == "dummy" or checkpoint.folder is None:
+        return jax.jit(network.init)(jax.random.key(config.seed))
+    return load_params(network, checkpoint.folder, progress=config.use_tqdm_on_load)
+
+
+def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
+    """The tokenizer's end of sequence first: it is the one that is not reported as a stop_reason."""
+    first = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys(first + checkpoint.eos_token_ids))
+
+
+def _dtype(wanted: str, checkpoint: str, platform: str) -> str:
+    if wanted != "auto":
+        return wanted
+    # XLA computes 16-bit floats on a CPU by way of float32, and slowly.
+    if platform == "cpu":
+        return "float32"
+    return "bfloat16" if checkpoint == "float32" else checkpoint
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model: {path.parent} has no {path.name}: it is no Hugging Face checkpoint folder") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model: {path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"model: {path} must hold a JSON object")
+    return value
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return _read_json(path) if path.exists() else {}

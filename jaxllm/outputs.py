@@ -1,0 +1,86 @@
+"""What a request returns, with vLLM's names and fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Logprob:
+    """The log probability (natural logarithm) of one token.
+
+    Attributes:
+      logprob: under the model's own distribution, before temperature and filters.
+      rank: 1 for the likeliest token of the vocabulary.
+      decoded_token: the token's text; None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One answer to a prompt.
+
+    Attributes:
+      index: which of the request's n answers.
+      text: the answer so far, never ending in half a character.
+      token_ids: its tokens, a stop token included.
+      cumulative_logprob: the sum over its tokens; None if no log probabilities were asked for.
+      logprobs: per token, {token id: Logprob}; None likewise.
+      finish_reason: "stop", "length", "abort" or "error"; None while unfinished.
+      stop_reason: the stop string or stop token id that ended it; None for the end-of-sequence token or no stop.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    lora_request: None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestMetrics:
+    """Times in seconds on the engine's monotonic clock; None for what has not happened."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def time_in_queue(self) -> float | None:
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its answers so far.
+
+    Attributes:
+      request_id: given by the caller or counted.
+      prompt: its text; None if it came as token ids.
+      prompt_token_ids: its tokens.
+      outputs: n answers.
+      finished: whether all of them are complete.
+      metrics: when what happened.
+      num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    metrics: RequestMetrics | None = None
+    prompt_logprobs: None = None
+    lora_request: None = None
+    num_cached_tokens: int = 0

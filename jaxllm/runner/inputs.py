@@ -1,0 +1,130 @@
+"""A step's inputs: packed by the host into one i32 vector, so that a step is one transfer; unpacked on the device.
+
+    [ num_tokens num_rows num_decodes 0 | rows [S, row width] | page updates [U, 2] | token ids [T] ]
+
+Everything else that a network wants (positions, KV slots, page-table rows, ...) follows from these and from two arrays
+that stay on the device: the page table and the last token of every slot. So the host sends only what changed.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.models.interface import StepBatch
+from jaxllm.runner.sampler import SamplingRows, SamplingTable
+from jaxllm.runner.shapes import StepShape
+from jaxllm.scheduling.plan import StepPlan
+
+_HEADER = 4
+_ROW = 5  # slot, num_tokens, kv_len, samples, prompt_len; then the sampling parameters
+_NO_ENTRY = np.iinfo(np.int32).max  # an index that is always out of range, and dropped
+
+
+class DeviceState(NamedTuple):
+    """What stays on the device between steps, one row a slot."""
+
+    page_table: jax.Array  # i32[max_num_seqs, W]
+    last_token: jax.Array  # i32[max_num_seqs]
+
+
+class UnpackedStep(NamedTuple):
+    batch: StepBatch
+    slots: jax.Array  # i32[S] out of range for padding rows
+    last_positions: jax.Array  # i32[S] index in [0, T) of each row's last token
+    samples: jax.Array  # bool[S]
+    sampling: SamplingRows
+    state: DeviceState  # with the page updates applied
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """Where what lies in the packed vector of one shape; the host side and the device side both read it here."""
+
+    shape: StepShape
+    page_size: int
+    max_num_seqs: int
+    max_pages: int
+
+    @property
+    def num_updates(self) -> int:
+        """Page-table entries that one step carries: as many as rows may need for new tokens. More go ahead of it."""
+        return self.shape.num_rows + self.shape.num_tokens // self.page_size
+
+    @property
+    def row_width(self) -> int:
+        return _ROW + SamplingTable.width
+
+    @property
+    def size(self) -> int:
+        return _HEADER + self.shape.num_rows * self.row_width + 2 * self.num_updates + self.shape.num_tokens
+
+    def pack(self, plan: StepPlan, sampling: SamplingTable, updates: np.ndarray) -> np.ndarray:
+        """i32[size]. `updates` [U, 2] are (flat page-table index, page), at most num_updates of them."""
+        packed = np.zeros(self.size, np.int32)
+        num_rows, width = len(plan.slots), self.row_width
+        packed[:3] = len(plan.tokens), num_rows, plan.num_decodes
+        start = _HEADER
+        rows = packed[start : start + self.shape.num_rows * width].reshape(self.shape.num_rows, width)
+        rows[:num_rows, 0] = plan.slots
+        rows[num_rows:, 0] = self.max_num_seqs
+        rows[:num_rows, 1] = plan.num_tokens
+        rows[:num_rows, 2] = plan.starts + plan.num_tokens
+        rows[:num_rows, 3] = plan.samples
+        rows[:num_rows, 4] = sampling.prompt_len[plan.slots]
+        rows[:num_rows, _ROW:] = sampling.rows[plan.slots]
+        start += rows.size
+        entries = packed[start : start + 2 * self.num_updates].reshape(-1, 2)
+        entries[: len(updates)] = updates
+        entries[len(updates) :, 0] = _NO_ENTRY
+        start += entries.size
+        packed[start : start + len(plan.tokens)] = plan.tokens
+        return packed
+
+    def unpack(self, packed: jax.Array, state: DeviceState, num_pages: int) -> UnpackedStep:
+        """The step's batch, on the device. `num_pages` is the size of the KV pool."""
+        T, S = self.shape.num_tokens, self.shape.num_rows
+        num_tokens, num_decodes = packed[0], packed[2]
+        parts = jnp.split(packed[_HEADER:], np.cumsum([S * self.row_width, 2 * self.num_updates]))
+        rows, updates, token_ids = parts[0].reshape(S, -1), parts[1].reshape(-1, 2), parts[2]
+        slots, counts, kv_lens, samples, prompt_lens = (rows[:, i] for i in range(_ROW))
+        table = state.page_table.reshape(-1).at[updates[:, 0]].set(updates[:, 1], mode="drop")
+        state = DeviceState(table.reshape(state.page_table.shape), state.last_token)
+        query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+        index = jnp.arange(T, dtype=jnp.int32)
+        seq_ids = index if self.shape.decode_only else _row_of_token(query_starts, T)
+        positions = jnp.maximum(kv_lens - counts, 0)[seq_ids] + index - query_starts[seq_ids]
+        in_use = index < num_tokens
+        page_table = state.page_table.at[slots].get(mode="fill", fill_value=0)
+        pages = page_table[seq_ids, jnp.clip(positions // self.page_size, 0, self.max_pages - 1)]
+        kv_slots = jnp.where(in_use, pages * self.page_size + positions % self.page_size, num_pages * self.page_size)
+        in_flight = state.last_token.at[slots[seq_ids]].get(mode="clip")
+        batch = StepBatch(
+            token_ids=jnp.where(in_use, jnp.where(token_ids < 0, in_flight, token_ids), 0),
+            positions=jnp.where(in_use, positions, 0),
+            seq_ids=seq_ids,
+            slots=kv_slots,
+            page_table=page_table,
+            kv_lens=kv_lens,
+            query_starts=query_starts,
+            prompt_lens=prompt_lens,
+            num_decodes=num_decodes,
+            decode_only=self.shape.decode_only,
+        )
+        last = jnp.maximum(query_starts[1:] - 1, 0)
+        sampling = SamplingRows.unpack(rows[:, _ROW:], kv_lens, prompt_lens)
+        return UnpackedStep(batch, slots, last, samples > 0, sampling, state)
+
+
+def _row_of_token(query_starts: jax.Array, num_tokens: int) -> jax.Array:
+    """i32[T] from i32[S + 1]: how many rows begin at or before each token, less one. Padding goes to the last row."""
+    begins = jnp.zeros(num_tokens, jnp.int32).at[query_starts[1:-1]].add(1, mode="drop")
+    return jnp.minimum(jnp.cumsum(begins, dtype=jnp.int32), len(query_starts) - 2)
+
+
+def page_table_entries(plan: StepPlan, max_pages: int) -> np.ndarray:
+    """The plan's page updates as i64[U, 2]: (flat index into the page table, page)."""
+    updates = plan.page_updates
+    return np.stack([updates[:, 0] * max_pages + updates[:, 1], updates[:, 2]], axis=1)

@@ -1,0 +1,172 @@
+"""ModelRunner: the executor that runs plans on the device. It knows nothing of text, queues or policies."""
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import EngineConfig
+from jaxllm.models.interface import Network, Params
+from jaxllm.runner import kv_pool
+from jaxllm.runner.executables import Executables, use_persistent_cache
+from jaxllm.runner.inputs import DeviceState, InputLayout, page_table_entries
+from jaxllm.runner.sampler import SamplingTable
+from jaxllm.runner.shapes import ShapeLadder, StepShape
+from jaxllm.runner.step import StepOutputs, make_step, write_page_table
+from jaxllm.scheduling import StepPlan
+
+logger = logging.getLogger(__name__)
+
+_TABLE_ENTRIES = 1024  # page-table entries that one call of write_page_table takes
+_WRITE_TABLE = "page table"  # its key among the executables
+
+
+@dataclass
+class RunnerResult:
+    """A finished step's outputs on the host; log probabilities are fetched only when somebody looks."""
+
+    tokens: np.ndarray  # i32[S]
+    _outputs: StepOutputs
+
+    @cached_property
+    def logprobs(self):
+        """sampler.Logprobs as NumPy arrays."""
+        return jax.tree.map(np.asarray, self._outputs.logprobs)
+
+
+@dataclass
+class RunnerPending:
+    outputs: StepOutputs
+    num_rows: int
+
+    def result(self) -> RunnerResult:
+        return RunnerResult(np.asarray(self.outputs.tokens)[: self.num_rows], self.outputs)
+
+
+class ModelRunner:
+    """Owns the weights, the KV pages and the device state, and runs one step at a time on them.
+
+    Args:
+      network, params: the model.
+      config: the engine's configuration, resolved (no field left open).
+    """
+
+    def __init__(self, network: Network, params: Params, config: EngineConfig) -> None:
+        if not config.enforce_eager:
+            use_persistent_cache()
+        self.network, self.params, self.config = network, params, config
+        self.max_pages = -(-config.max_model_len // config.block_size)
+        self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens)
+        self.sampling = SamplingTable(config.max_num_seqs)
+        self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
+        self._kv_dtype = network.dtype
+        self._page_bytes = kv_pool.page_bytes(network, config.block_size, self._kv_dtype)
+        self.num_pages = self._count_pages()
+        kv_pool.check_holds_one_sequence(self.num_pages, config.block_size, config.max_model_len, self._page_bytes)
+        self.executables = Executables(self._lower)
+        self.reset()
+        if not config.enforce_eager:
+            self._warm_up()
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_pages * self._page_bytes
+
+    def reset(self) -> None:
+        """Fresh KV pages and device state: at the start, and after a failed step has taken the donated ones with it."""
+        self._kv = kv_pool.allocate(self.network, self.num_pages, self.config.block_size, self._kv_dtype)
+        self._state = DeviceState(
+            jnp.zeros((self.config.max_num_seqs, self.max_pages), jnp.int32),
+            jnp.zeros(self.config.max_num_seqs, jnp.int32),
+        )
+
+    def submit(self, plan: StepPlan) -> RunnerPending:
+        """Hands a plan to the device and returns without waiting for it."""
+        shape = self.ladder.fit(len(plan.tokens), len(plan.slots), plan.num_decodes == len(plan.slots))
+        layout = self._layout(shape)
+        self._meet_new_requests(plan)
+        updates = self._send_surplus(page_table_entries(plan, self.max_pages), layout.num_updates)
+        packed = layout.pack(plan, self.sampling, updates)
+        self._kv, self._state, outputs = self.executables[shape](self.params, self._kv, self._state, packed)
+        outputs.tokens.copy_to_host_async()
+        return RunnerPending(outputs, len(plan.slots))
+
+    def _meet_new_requests(self, plan: StepPlan) -> None:
+        """Notes the sampling parameters of requests that have just come into their slots."""
+        for row in np.flatnonzero(self._tenancies[plan.slots] != plan.generations).tolist():
+            request, slot = plan.requests[row], int(plan.slots[row])
+            self.sampling.fill(slot, request.sampling, request.prompt_len)
+            self._tenancies[slot] = plan.generations[row]
+
+    def _send_surplus(self, entries: np.ndarray, room: int) -> np.ndarray:
+        """Writes what the step cannot carry (long prefix-cache hits) ahead of it; returns the rest."""
+        while len(entries) > room:
+            surplus, entries = entries[:_TABLE_ENTRIES], entries[_TABLE_ENTRIES:]
+            padded = np.full((_TABLE_ENTRIES, 2), np.iinfo(np.int32).max, np.int32)
+            padded[: len(surplus)] = surplus
+            self._state = self.executables[_WRITE_TABLE](self._state, padded)
+        return entries
+
+    # --- start-up
+
+    def _layout(self, shape: StepShape) -> InputLayout:
+        return InputLayout(shape, self.config.block_size, self.config.max_num_seqs, self.max_pages)
+
+    def _lower(self, key: StepShape | str) -> jax.stages.Lowered:
+        if key == _WRITE_TABLE:
+            entries = jax.ShapeDtypeStruct((_TABLE_ENTRIES, 2), jnp.int32)
+            return jax.jit(write_page_table, donate_argnums=0).lower(_abstract(self._state), entries)
+        return self._lower_step(key, _abstract(self._kv), _abstract(self._state))
+
+    def _lower_step(self, shape: StepShape, kv, state) -> jax.stages.Lowered:
+        layout = self._layout(shape)
+        step = make_step(self.network, layout, self.config.max_logprobs)
+        step.__name__ = f"{'decode' if shape.decode_only else 'mixed'}_{shape.num_tokens}"
+        packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        return jax.jit(step, donate_argnums=(1, 2)).lower(_abstract(self.params), kv, state, packed)
+
+    def _warm_up(self) -> None:
+        keys = [*self.ladder.all, _WRITE_TABLE]
+        seconds = self.executables.warm_up(keys, self.config.use_tqdm_on_load)
+        logger.info("compiled or loaded %d programs in %.1f s", len(keys), seconds)
+
+    def _count_pages(self) -> int:
+        config = self.config
+        if config.num_gpu_blocks_override is not None:
+            return config.num_gpu_blocks_override
+        if config.kv_cache_memory_bytes is not None:
+            return kv_pool.pages_in(config.kv_cache_memory_bytes, self._page_bytes)
+        device = jax.tree.leaves(self.params)[0].devices().pop()
+        if kv_pool.device_memory(device) is None:
+            return kv_pool.pages_in(kv_pool.CPU_KV_BYTES, self._page_bytes)
+        return self._measure_pages(device)
+
+    def _measure_pages(self, device: jax.Device) -> int:
+        """Pages that fit beside the weights and the largest step's working memory, which is run once to measure it."""
+        start = time.perf_counter()
+        limit, in_use, _ = kv_pool.device_memory(device)
+        small = _abstract(kv_pool.allocate(self.network, self.max_pages, self.config.block_size, self._kv_dtype))
+        state = DeviceState(
+            jax.ShapeDtypeStruct((self.config.max_num_seqs, self.max_pages), jnp.int32),
+            jax.ShapeDtypeStruct((self.config.max_num_seqs,), jnp.int32),
+        )
+        program = self._lower_step(self.ladder.mixed[-1], small, state).compile()
+        analysis = program.memory_analysis()
+        step_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        total = int(limit * 1.0)
+        budget = total - in_use - step_bytes
+        pages = kv_pool.pages_in(budget, self._page_bytes)
+        logger.info(
+            "device memory: %.2f GiB for the engine, weights %.2f, largest step %.2f, KV %.2f GiB = %d pages (%.1f s)",
+            total / 2**30, in_use / 2**30, step_bytes / 2**30, pages * self._page_bytes / 2**30, pages,
+            time.perf_counter() - start,
+        )  # fmt: skip
+        return pages
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -1,0 +1,183 @@
+"""Sampling on the device: temperature, min_p, top_k, top_p, stop-token masks, log probabilities; all rows at once.
+
+A row's draw depends on its seed and on the position of the token it draws, on nothing else: not on batch mates, on how
+the prompt was chunked, or on whether the request was preempted. Work that no row asks for is skipped at run time.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_STOP_IDS = 16  # stop tokens of a request that min_tokens can keep from being sampled
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """One request's sampling, as the device wants it.
+
+    Attributes:
+      temperature: 0 for greedy. top_k: 0 for off. top_p, min_p: 1 and 0 for off.
+      seed: 64 bits.
+      num_logprobs: how many top log probabilities to return beside the sampled token's own; -1 for none at all.
+      min_tokens, masked_ids: before so many tokens, none of these is sampled.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    num_logprobs: int = -1
+    min_tokens: int = 0
+    masked_ids: tuple[int, ...] = ()
+
+
+class SamplingTable:
+    """The host's table of every slot's sampling parameters: i32[max_num_seqs, width], floats by their bits."""
+
+    width: ClassVar[int] = 8 + MAX_STOP_IDS
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.rows = np.zeros((max_num_seqs, self.width), np.int32)
+        self.prompt_len = np.zeros(max_num_seqs, np.int32)
+
+    def fill(self, slot: int, spec: SamplingSpec, prompt_len: int) -> None:
+        row = self.rows[slot]
+        row[:3] = np.array([spec.temperature, spec.top_p, spec.min_p], np.float32).view(np.int32)
+        row[3] = spec.top_k
+        row[4:6] = np.array([spec.seed & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int32)
+        row[6:8] = spec.num_logprobs, spec.min_tokens
+        row[8:] = -1
+        row[8 : 8 + len(spec.masked_ids)] = spec.masked_ids
+        self.prompt_len[slot] = prompt_len
+
+
+class SamplingRows(NamedTuple):
+    """The same on the device, for the rows of a step. Padding rows are greedy."""
+
+    temperature: jax.Array  # f32[S]
+    top_p: jax.Array  # f32[S]
+    min_p: jax.Array  # f32[S]
+    top_k: jax.Array  # i32[S]
+    seed: jax.Array  # u32[S, 2]
+    num_logprobs: jax.Array  # i32[S]
+    masked_ids: jax.Array  # i32[S, MAX_STOP_IDS], -1 where there is none or no need
+    positions: jax.Array  # i32[S] of the token to be drawn
+
+    @classmethod
+    def unpack(cls, rows: jax.Array, kv_lens: jax.Array, prompt_lens: jax.Array) -> "SamplingRows":
+        floats = jax.lax.bitcast_convert_type(rows[:, :3], jnp.float32)
+        generated = kv_lens - prompt_lens
+        masked = jnp.where((generated < rows[:, 7])[:, None], rows[:, 8:], -1)
+        seed = jax.lax.bitcast_convert_type(rows[:, 4:6], jnp.uint32)
+        in_use = kv_lens > 0
+        return cls(
+            temperature=jnp.where(in_use, floats[:, 0], 0.0),
+            top_p=jnp.where(in_use, floats[:, 1], 1.0),
+            min_p=floats[:, 2],
+            top_k=rows[:, 3],
+            seed=seed,
+            num_logprobs=jnp.where(in_use, rows[:, 6], -1),
+            masked_ids=masked,
+            positions=kv_lens,
+        )
+
+
+class Logprobs(NamedTuple):
+    """Log probabilities of the model's own distribution (before temperature and filters), natural logarithm.
+
+    token: f32[S] of the sampled token; rank: i32[S] its rank, 1 for the likeliest.
+    top_ids: i32[S, L] and top: f32[S, L], the likeliest first. All zeros when no row of the step asked.
+    """
+
+    token: jax.Array
+    rank: jax.Array
+    top_ids: jax.Array
+    top: jax.Array
+
+
+def sample(logits: jax.Array, rows: SamplingRows, max_logprobs: int) -> tuple[jax.Array, Logprobs]:
+    """Draws a token a row from f32[S, V] logits -> (i32[S], log probabilities)."""
+    masked = jax.lax.cond(jnp.any(rows.masked_ids >= 0), _mask_ids, lambda x, _: x, logits, rows.masked_ids)
+    greedy = jnp.argmax(masked, axis=-1).astype(jnp.int32)
+    tokens = jax.lax.cond(jnp.any(rows.temperature > 0), _draw, lambda *args: greedy, masked, rows, greedy)
+    with_logprobs = functools.partial(_logprobs, logits, tokens, max_logprobs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(with_logprobs))
+    return tokens, jax.lax.cond(jnp.any(rows.num_logprobs >= 0), with_logprobs, lambda: zeros)
+
+
+def _mask_ids(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    rows = jnp.arange(len(logits))[:, None]
+    return logits.at[rows, jnp.where(ids >= 0, ids, logits.shape[1])].set(-jnp.inf, mode="drop")
+
+
+def _draw(logits: jax.Array, rows: SamplingRows, greedy: jax.Array) -> jax.Array:
+    """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax."""
+    is_greedy = rows.temperature == 0
+    scaled = logits / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
+    scaled = jax.lax.cond(jnp.any(rows.min_p > 0), _keep_min_p, lambda x, _: x, scaled, rows.min_p)
+    scaled = jax.lax.cond(jnp.any(rows.top_k > 0), _keep_top_k, lambda x, _: x, scaled, rows.top_k)
+    scaled = jax.lax.cond(jnp.any(rows.top_p < 1), _keep_top_p, lambda x, _: x, scaled, rows.top_p)
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(rows.seed, rows.positions, logits.shape[1])
+    drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+    return jnp.where(is_greedy, greedy, drawn)
+
+
+def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    return jax.random.gumbel(jax.random.fold_in(key, position), (size,), jnp.float32)
+
+
+def _keep_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Drops tokens less likely than min_p times the likeliest (Nguyen et al. 2024)."""
+    threshold = jnp.max(logits, axis=-1) + jnp.log(min_p)  # log(0) = -inf keeps all
+    return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
+
+
+def _keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Drops tokens below the k-th likeliest; ties with it stay."""
+    ones = jnp.ones_like(logits)
+    target = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[1]), logits.shape[1])
+    return _keep_largest(logits, ones, target.astype(jnp.float32))
+
+
+def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Keeps the smallest set of likeliest tokens that has at least probability top_p (Holtzman et al. 2019)."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    kept = _keep_largest(logits, probabilities, top_p)
+    return jnp.where((top_p < 1)[:, None], kept, logits)
+
+
+def _keep_largest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Drops all logits below the largest threshold t for which the weights of {logit >= t} add up to `target` [S].
+
+    The threshold is found bit by bit in the logits' order-preserving integer form: exact, 32 passes over [S, V] and no
+    sort.
+    """
+    keys = _ordered_bits(logits)
+
+    def set_bit(i, threshold):
+        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        reached = jnp.sum(jnp.where(keys >= candidate[:, None], weights, 0.0), axis=-1) >= target
+        return jnp.where(reached, candidate, threshold)
+
+    threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(len(logits), jnp.uint32))
+    return jnp.where(keys >= threshold[:, None], logits, -jnp.inf)
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """u32 in the order of f32: flips all bits of negative numbers and the sign bit of the others."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 > 0, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Logprobs:
+    values = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)
+    rank = jnp.sum(values >= chosen, axis=-1, dtype=jnp.int32)
+    top, top_ids = jax.lax.top_k(values, min(count, logits.shape[1]))
+    return Logprobs(chosen[:, 0], rank, top_ids.astype(jnp.int32), top)

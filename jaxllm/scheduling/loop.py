@@ -1,0 +1,66 @@
+"""EngineLoop: schedule, submit, take in. The same loop drives a device and a simulation; only the executor differs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from jaxllm.scheduling.plan import StepOutput, StepPlan
+from jaxllm.scheduling.request import IntArray
+from jaxllm.scheduling.scheduler import Scheduler
+
+
+class StepResult(Protocol):
+    @property
+    def tokens(self) -> IntArray: ...  # i32[S]: the sampled token of each of the plan's rows
+
+
+ResultT_co = TypeVar("ResultT_co", bound=StepResult, covariant=True)
+
+
+class Pending(Protocol[ResultT_co]):
+    """A step that has been handed to the device."""
+
+    def result(self) -> ResultT_co: ...  # waits for it
+
+
+class Executor(Protocol[ResultT_co]):
+    def submit(self, plan: StepPlan) -> Pending[ResultT_co]: ...  # returns at once
+
+
+class EngineLoop(Generic[ResultT_co]):
+    """Runs steps, `ahead` of their results by 0 or 1.
+
+    Run plainly, the device waits while Python schedules and Python waits while the device computes. Run ahead by one,
+    step k+1 is scheduled and submitted before the tokens of step k are read:
+
+        host    schedule 1 | schedule 2 | read 1, schedule 3 | read 2, schedule 4 | ...
+        device             |   step 1   |       step 2       |       step 3       | ...
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor[ResultT_co], clock: Callable[[], float], ahead: int = 1
+    ) -> None:
+        self.scheduler, self.executor, self.clock, self.ahead = scheduler, executor, clock, ahead
+        self._in_flight: deque[tuple[StepPlan, Pending[ResultT_co], float]] = deque()
+
+    @property
+    def idle(self) -> bool:
+        return not self._in_flight and not self.scheduler.has_unfinished
+
+    def step(self) -> tuple[StepOutput, ResultT_co] | None:
+        """Submits the next step, and takes in the oldest result that is due; None if none was."""
+        plan = self.scheduler.schedule(self.clock())
+        if plan:
+            self._in_flight.append((plan, self.executor.submit(plan), self.clock()))
+        if not self._in_flight or (plan and len(self._in_flight) <= self.ahead):
+            return None
+        plan, pending, since = self._in_flight.popleft()
+        result = pending.result()
+        now = self.clock()
+        return self.scheduler.update(plan, result.tokens, now, now - since), result
+
+    def drop_in_flight(self) -> None:
+        """Forgets the steps in flight, after the executor has failed."""
+        self._in_flight.clear()
