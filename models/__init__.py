@@ -9,10 +9,13 @@ Knows nothing of requests, scheduling or text. A model is built by name:
 """
 
 from jaxllm.models.config import ModelConfig, RopeConfig
+from jaxllm.models.hub import resolve
 from jaxllm.models.interface import KVPages, LayerKV, Network, StepBatch
 from jaxllm.models.registry import build, register_model, supported_architectures
+from jaxllm.models.weights import CheckpointError, check_params, load_params, save_checkpoint
 
 __all__ = [
+    "CheckpointError",
     "KVPages",
     "LayerKV",
     "ModelConfig",
@@ -20,6 +23,10 @@ __all__ = [
     "RopeConfig",
     "StepBatch",
     "build",
+    "check_params",
+    "load_params",
     "register_model",
+    "resolve",
+    "save_checkpoint",
     "supported_architectures",
 ]

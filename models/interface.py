@@ -61,7 +61,7 @@ class Model(Protocol):
 
     `weight_names` maps a checkpoint's names to ours, one row per module: `(checkpoint name, our path)` or
     `(checkpoint name, our path, part of a merged weight)`. `{}` stands for a layer's number, and the last word
-    ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors that nothing uses.
+    ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
     """
 
     weight_names: ClassVar[tuple[tuple[str, ...], ...]]

@@ -76,11 +76,13 @@ class LlamaForCausalLM(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.rope = Rope(config.rope)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(
                 config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype, initializer=initializer
             )
+        )
 
     def __call__(self, kv: KVPages, batch: StepBatch) -> tuple[jax.Array, KVPages]:
         """Hidden states [T, D] after the last norm, and the pages with this step's KV."""

@@ -1,0 +1,168 @@
+"""Checkpoint files -> a network's parameters on the device, and back.
+
+Names and shapes are derived from the network: its table of names and its weights' declarations. That nothing is
+missing, unused or of another shape is proven from the files' headers, before any value is read.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxllm.models.checkpoint_files import CheckpointError, CheckpointTensor, list_tensors
+from jaxllm.models.interface import Network, Params
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+ParamPath = tuple[str, ...]  # ("layers", "0", "attention", "qkv", "weight")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one of the checkpoint's tensors goes: rows start : start + shape[0] of a parameter."""
+
+    path: ParamPath
+    start: int
+    shape: tuple[int, ...]
+
+
+def load_params(network: Network, folder: str | Path, *, shardings: Any = None, progress: bool = True) -> dict:
+    """The parameters of a network, read from a checkpoint folder onto the device in the network's dtype.
+
+    Streams: besides the device's arrays, memory holds one tensor, or the merged weights it is a part of.
+
+    Args:
+      folder: with model.safetensors or pytorch_model.bin, or with shards of either and their index.
+      shardings: where the weights go: one Sharding or Device, or a tree of them like `network.abstract_params`; None
+        for the default device.
+      progress: show a progress bar.
+    Raises: CheckpointError with all problems in one message: tensors missing, unused or of a wrong shape; or missing
+      shards; or a damaged file, with what to do about it.
+    """
+    slots = checkpoint_slots(network)
+    tensors = list_tensors(Path(folder))
+    _raise_if(_problems_of_tensors(network, slots, tensors), f"{folder} does not fit {network.config.architecture}")
+    targets = _targets(network, shardings)
+    total = sum(spec.abstract.size for spec in network.specs.values()) * network.dtype.itemsize
+    params = {}
+    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
+        for path, values in _stream(network, slots, tensors):
+            # Waiting for the copy, and forgetting its source, keeps at most one weight in the host's memory.
+            params[path] = jax.block_until_ready(jax.device_put(values, targets[path]))
+            bar.update(values.nbytes)
+            del values
+    return unflatten_dict(params)
+
+
+def check_params(network: Network, params: Params) -> None:
+    """Prove that in-memory parameters are what the network needs.
+
+    Raises: CheckpointError naming every missing and unused parameter and every wrong shape and dtype.
+    """
+    given, problems = flatten_dict(params), []
+    for path, spec in network.specs.items():
+        name, array = ".".join(path), given.get(path)
+        if array is None:
+            problems.append(f"missing: {name}, expected {spec.dtype} {list(spec.shape)}")
+        elif tuple(array.shape) != spec.shape or array.dtype != spec.dtype:
+            found = f"{array.dtype} {list(array.shape)}"
+            problems.append(f"{name}: expected {spec.dtype} {list(spec.shape)}, found {found}")
+    problems += [f"unused: {'.'.join(map(str, path))}" for path in given if path not in network.specs]
+    _raise_if(problems, f"the parameters do not fit {network.config.architecture}")
+
+
+def save_checkpoint(network: Network, params: Params, folder: str | Path) -> Path:
+    """Write parameters as `folder/model.safetensors` under the checkpoint's names; the inverse of `load_params`."""
+    check_params(network, params)
+    flat = flatten_dict(params)
+    tensors = {
+        name: np.ascontiguousarray(np.asarray(flat[slot.path])[slot.start : slot.start + slot.shape[0]])
+        for name, slot in checkpoint_slots(network).items()
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder / "model.safetensors"
+
+
+def checkpoint_slots(network: Network) -> dict[str, Slot]:
+    """The checkpoint's name of each tensor that the network needs -> where it goes."""
+    slots = {}
+    for path, spec in network.specs.items():
+        names = _checkpoint_names(network.weight_names, path)
+        start = 0
+        for part, size in spec.parts or ((None, spec.shape[0]),):
+            if part not in names:
+                raise ValueError(f"weight_names of {network.config.architecture} has no row for {path}, part {part!r}")
+            slots[names[part]] = Slot(path, start, (size, *spec.shape[1:]))
+            start += size
+    return slots
+
+
+def _checkpoint_names(weight_names: tuple[tuple[str, ...], ...], path: ParamPath) -> dict[str | None, str]:
+    """A parameter's part (None: all of it) -> the checkpoint's name, from the model's table."""
+    module, leaf = ".".join(path[:-1]), path[-1]
+    names = {}
+    for theirs, ours, *part in weight_names:
+        match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
+        if match:
+            names[part[0] if part else None] = f"{theirs.format(*match.groups())}.{leaf}"
+    return names
+
+
+def _stream(
+    network: Network, slots: Mapping[str, Slot], tensors: list[CheckpointTensor]
+) -> Iterator[tuple[ParamPath, np.ndarray]]:
+    """Each parameter as soon as its last part is read. Reads every tensor once, in the files' order."""
+    waiting = Counter(slot.path for slot in slots.values())  # how many parts are still to come
+    merging: dict[ParamPath, np.ndarray] = {}
+    for tensor in tensors:
+        if tensor.name not in slots:
+            continue
+        slot = slots[tensor.name]
+        spec = network.specs[slot.path]
+        if slot.shape == spec.shape:
+            yield slot.path, tensor.read().astype(spec.dtype, copy=False)
+            continue
+        if slot.path not in merging:
+            merging[slot.path] = np.empty(spec.shape, spec.dtype)
+        merging[slot.path][slot.start : slot.start + slot.shape[0]] = tensor.read()
+        waiting[slot.path] -= 1
+        if not waiting[slot.path]:
+            yield slot.path, merging.pop(slot.path)
+
+
+def _problems_of_tensors(network: Network, slots: Mapping[str, Slot], tensors: list[CheckpointTensor]) -> list[str]:
+    files = {tensor.name: tensor.file.name for tensor in tensors}
+    where = ", ".join(sorted(set(files.values())))
+    problems = [
+        f"missing: {name}, expected shape {list(slot.shape)}, is in none of {where}"
+        for name, slot in slots.items()
+        if name not in files
+    ]
+    for tensor in tensors:
+        name, file, shape = tensor.name, tensor.file.name, list(tensor.shape)
+        if name in slots and slots[name].shape != tensor.shape:
+            problems.append(f"{name} in {file}: expected shape {list(slots[name].shape)}, found {shape}")
+        elif name in slots and files[name] != file:
+            problems.append(f"{name} is in both {file} and {files[name]}")
+        elif name not in slots and not any(fnmatchcase(name, pattern) for pattern in network.ignored_weights):
+            problems.append(f"unused: {name} in {file}, shape {shape}")
+    return problems
+
+
+def _raise_if(problems: list[str], headline: str) -> None:
+    if problems:
+        raise CheckpointError("\n  ".join([f"{headline}, {len(problems)} problem(s):", *problems]))
+
+
+def _targets(network: Network, shardings: Any) -> dict[ParamPath, Any]:
+    if isinstance(shardings, Mapping):
+        return flatten_dict(shardings)
+    return dict.fromkeys(network.specs, shardings)
