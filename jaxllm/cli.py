@@ -20,7 +20,6 @@ _SAMPLING_FLAGS = {
     "top_p": float,
     "top_k": int,
     "min_p": float,
-    "seed": int,
     "max_tokens": int,
     "min_tokens": int,
 }

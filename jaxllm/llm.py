@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import closing
 from typing import Any
 
 from tqdm import tqdm
@@ -69,8 +70,8 @@ class LLM:
         """
         ids = self._add(prompts, sampling_params, priority, streaming=False)
         finished: dict[str, RequestOutput] = {}
-        with _ProgressBar(len(ids), use_tqdm) as bar:
-            for output in self._run(ids):
+        with _ProgressBar(len(ids), use_tqdm) as bar, closing(self._run(ids)) as outputs:
+            for output in outputs:
                 finished[output.request_id] = output
                 bar.update(output)
         return [finished[request_id] for request_id in ids]
@@ -119,13 +120,14 @@ class LLM:
         """Steps until the given requests have finished; ends them if it is left before that."""
         engine, unfinished = self.llm_engine, set(ids)
         try:
-            with deferred_interrupt() as interrupt:
-                while unfinished:
-                    interrupt.check()
-                    for output in engine.step():
-                        if output.finished:
-                            unfinished.discard(output.request_id)
-                        yield output
+            while unfinished:
+                with deferred_interrupt() as interrupt:
+                    outputs = engine.step()
+                for output in outputs:
+                    if output.finished:
+                        unfinished.discard(output.request_id)
+                    yield output
+                interrupt.check()
         finally:
             engine.abort_request(unfinished)
             if not engine.has_unfinished_requests():

@@ -25,14 +25,13 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return cls(
-                AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-            )
+            hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TokenizerNotFound(
-                f"tokenizer: {str(folder)!r} holds none that transformers can load ({error}). Pass tokenizer= (a folder, "
-                f"a hub id or a tokenizer object), or skip_tokenizer_init=True to work with token ids alone"
+                f"tokenizer: {str(folder)!r} holds none that transformers can load ({error}). Pass tokenizer= (a "
+                f"folder, a hub id or a tokenizer object), or skip_tokenizer_init=True to work with token ids alone"
             ) from error
+        return cls(hf)
 
     @property
     def eos_token_id(self) -> int | None:

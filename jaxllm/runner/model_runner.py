@@ -1,7 +1,6 @@
 """ModelRunner: the executor that runs plans on the device. It knows nothing of text, queues or policies."""
 
 import logging
-import time
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,7 +59,9 @@ class ModelRunner:
             use_persistent_cache()
         self.network, self.params, self.config = network, params, config
         self.max_pages = -(-config.max_model_len // config.block_size)
-        self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens)
+        # On a CPU compiling is slow, and a padded token cheap compared with it.
+        growth = 4 if _device_of(params).platform == "cpu" else 2
+        self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth)
         self.sampling = SamplingTable(config.max_num_seqs)
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
         self._kv_dtype = network.dtype
@@ -140,32 +141,33 @@ class ModelRunner:
             return config.num_gpu_blocks_override
         if config.kv_cache_memory_bytes is not None:
             return kv_pool.pages_in(config.kv_cache_memory_bytes, self._page_bytes)
-        device = jax.tree.leaves(self.params)[0].devices().pop()
-        if kv_pool.device_memory(device) is None:
+        if kv_pool.device_memory(_device_of(self.params)) is None:
             return kv_pool.pages_in(kv_pool.CPU_KV_BYTES, self._page_bytes)
-        return self._measure_pages(device)
+        return self._measure_pages()
 
-    def _measure_pages(self, device: jax.Device) -> int:
-        """Pages that fit beside the weights and the largest step's working memory, which is run once to measure it."""
-        start = time.perf_counter()
-        limit, in_use, _ = kv_pool.device_memory(device)
-        small = _abstract(kv_pool.allocate(self.network, self.max_pages, self.config.block_size, self._kv_dtype))
-        state = DeviceState(
-            jax.ShapeDtypeStruct((self.config.max_num_seqs, self.max_pages), jnp.int32),
-            jax.ShapeDtypeStruct((self.config.max_num_seqs,), jnp.int32),
-        )
-        program = self._lower_step(self.ladder.mixed[-1], small, state).compile()
-        analysis = program.memory_analysis()
-        step_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        total = int(limit * 1.0)
-        budget = total - in_use - step_bytes
-        pages = kv_pool.pages_in(budget, self._page_bytes)
+    def _measure_pages(self) -> int:
+        """Pages that fit beside the weights and the largest step's working memory; one such step is run to measure."""
+        shape = self.ladder.mixed[-1]
+        self.num_pages = self.max_pages
+        self.reset()
+        program = self._lower_step(shape, _abstract(self._kv), _abstract(self._state)).compile()
+        idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
+        self._kv, self._state, outputs = program(self.params, self._kv, self._state, idle)
+        jax.block_until_ready(outputs)
+        sizes = program.memory_analysis()
+        step_bytes = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        self._kv = self._state = None
+        limit, in_use, _ = kv_pool.device_memory(_device_of(self.params))
+        pages = kv_pool.pages_in(limit - in_use - step_bytes, self._page_bytes)
         logger.info(
-            "device memory: %.2f GiB for the engine, weights %.2f, largest step %.2f, KV %.2f GiB = %d pages (%.1f s)",
-            total / 2**30, in_use / 2**30, step_bytes / 2**30, pages * self._page_bytes / 2**30, pages,
-            time.perf_counter() - start,
+            "device memory for the engine: %.2f GiB; weights %.2f, largest step %.2f, KV %.2f = %d pages",
+            *(size / 2**30 for size in (limit, in_use, step_bytes, pages * self._page_bytes)), pages,
         )  # fmt: skip
         return pages
+
+
+def _device_of(params: Params) -> jax.Device:
+    return next(iter(jax.tree.leaves(params)[0].devices()))
 
 
 def _abstract(tree):

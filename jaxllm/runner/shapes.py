@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_SMALLEST_MIXED = 32  # tokens
+
 
 @dataclass(frozen=True, order=True)
 class StepShape:
@@ -17,15 +19,15 @@ class StepShape:
 
 @dataclass(frozen=True)
 class ShapeLadder:
-    """Decode-only shapes by rows and mixed shapes by tokens, each doubling from its smallest to its largest."""
+    """Decode-only shapes by rows and mixed shapes by tokens, each growing by a factor from smallest to largest."""
 
     decode: tuple[StepShape, ...]
     mixed: tuple[StepShape, ...]
 
     @classmethod
-    def of(cls, max_num_seqs: int, max_num_batched_tokens: int, smallest_mixed: int = 32) -> "ShapeLadder":
-        rows = doubling(1, min(max_num_seqs, max_num_batched_tokens))
-        tokens = doubling(min(smallest_mixed, max_num_batched_tokens), max_num_batched_tokens)
+    def of(cls, max_num_seqs: int, max_num_batched_tokens: int, mixed_growth: int = 2) -> "ShapeLadder":
+        rows = steps(1, min(max_num_seqs, max_num_batched_tokens), 2)
+        tokens = steps(min(_SMALLEST_MIXED, max_num_batched_tokens), max_num_batched_tokens, mixed_growth)
         return cls(
             tuple(StepShape(s, s, True) for s in rows),
             tuple(StepShape(t, min(t, max_num_seqs), False) for t in tokens),
@@ -43,10 +45,10 @@ class ShapeLadder:
         raise ValueError(f"a step of {num_tokens} tokens in {num_rows} rows exceeds the largest shape, {self.all[-1]}")
 
 
-def doubling(first: int, last: int) -> list[int]:
-    """first, 2 first, 4 first, ... and last."""
+def steps(first: int, last: int, growth: int) -> list[int]:
+    """first, growth * first, growth**2 * first, ... and last."""
     values = []
     while first < last:
         values.append(first)
-        first *= 2
+        first *= growth
     return [*values, last]

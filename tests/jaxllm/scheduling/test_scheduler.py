@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_device import TokenDevice, expected_output
 
 from jaxllm.scheduling.policy import Budget, Policy, PriorityPolicy, Traits, make_policy
 from jaxllm.scheduling.request import FinishReason, Request, State
 from jaxllm.scheduling.scheduler import RequestTooLong, Scheduler, SchedulerConfig
+from tests.jaxllm.scheduling.token_device import TokenDevice, expected_output
 
 
 def config(**fields) -> SchedulerConfig:
@@ -141,7 +141,9 @@ def test_generated_tokens_are_cached_too():
     longer = first.prompt.tolist() + first.output_token_ids + [1, 2]
     scheduler.add(request("b", longer, 1))
     run.all()
-    assert next(plan for plan in run.plans if "b" in plan) == "b+3"  # 12 of its 15 tokens: 12 = three pages, all of them computed for a
+    assert (
+        next(plan for plan in run.plans if "b" in plan) == "b+3"
+    )  # 12 of its 15 tokens: 12 = three pages, all of them computed for a
 
 
 def test_requests_admitted_to_one_step_share_the_prompt():
@@ -307,7 +309,9 @@ class RandomPolicy(Policy):
         return self._shuffled(everybody)
 
     def budget(self, view):
-        return Budget(self.random.randint(-1, 40), self.random.choice([None, 0, 3, 8]), self.random.choice([None, 1, 5]))
+        return Budget(
+            self.random.randint(-1, 40), self.random.choice([None, 0, 3, 8]), self.random.choice([None, 1, 5])
+        )
 
     def reserve(self, request, view):
         return self.random.choice([0, 0, 0, 3, 100])

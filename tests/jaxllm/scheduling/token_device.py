@@ -1,7 +1,7 @@
 """TokenDevice: an executor without arithmetic, whose pages hold token ids where a real one's hold KV.
 
-Its next token is the sum of all tokens so far, modulo a small vocabulary, read through the page table. So one wrong page,
-one token computed twice or too early, changes the output, and what a request must produce is `expected_output`.
+Its next token is the sum of all tokens so far, modulo a small vocabulary, read through the page table. So one wrong
+page, one token computed twice or too early, changes the output, and what a request must produce is `expected_output`.
 """
 
 import numpy as np
@@ -31,7 +31,9 @@ class TokenDevice:
 
     def execute(self, plan: StepPlan) -> np.ndarray:
         size = self.config.page_size
-        assert 0 < plan.num_tokens.sum() <= self.config.max_num_batched_tokens and np.all(plan.num_tokens >= 1)  # I3, I4
+        assert 0 < plan.num_tokens.sum() <= self.config.max_num_batched_tokens and np.all(
+            plan.num_tokens >= 1
+        )  # I3, I4
         assert len(set(plan.slots.tolist())) == len(plan.slots) <= self.config.max_num_seqs
         entries = [tuple(entry) for entry in plan.page_updates[:, :2].tolist()]
         assert len(set(entries)) == len(entries)
@@ -42,7 +44,9 @@ class TokenDevice:
             read += count
             rows.append(np.where(tokens == IN_FLIGHT, self.last_token[slot], tokens))
             positions = np.arange(start, start + count)
-            self.pages[self.page_table[slot, positions // size], positions % size] = rows[-1]  # all writes, then all reads
+            self.pages[self.page_table[slot, positions // size], positions % size] = rows[
+                -1
+            ]  # all writes, then all reads
         result = np.zeros(len(plan.slots), np.int32)
         for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.num_tokens, strict=True)):
             positions = np.arange(start + count)
