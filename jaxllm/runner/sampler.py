@@ -118,7 +118,8 @@ def _mask_ids(logits: jax.Array, ids: jax.Array) -> jax.Array:
 def _draw(logits: jax.Array, rows: SamplingRows, greedy: jax.Array) -> jax.Array:
     """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax."""
     is_greedy = rows.temperature == 0
-    scaled = logits / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)  # or large logits would swallow the noise
+    scaled = scaled / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
     scaled = jax.lax.cond(jnp.any(rows.min_p > 0), _keep_min_p, lambda x, _: x, scaled, rows.min_p)
     scaled = jax.lax.cond(jnp.any(rows.top_k > 0), _keep_top_k, lambda x, _: x, scaled, rows.top_k)
     scaled = jax.lax.cond(jnp.any(rows.top_p < 1), _keep_top_p, lambda x, _: x, scaled, rows.top_p)

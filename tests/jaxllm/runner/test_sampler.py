@@ -1,0 +1,124 @@
+"""The sampler against numpy: distributions by chi-squared, filters by value, draws that depend on seed and position."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from jaxllm.runner.sampler import MAX_STOP_IDS, SamplingRows, SamplingSpec, SamplingTable, sample
+
+V = 12
+LOGITS = np.random.default_rng(0).normal(0, 1.5, V).astype(np.float32)
+_sample = jax.jit(sample, static_argnums=2)
+
+
+def rows(specs, kv_lens=None, prompt_len=4) -> SamplingRows:
+    table = SamplingTable(len(specs))
+    for slot, spec in enumerate(specs):
+        table.fill(slot, spec, prompt_len)
+    kv_lens = jnp.full(len(specs), 10, jnp.int32) if kv_lens is None else jnp.asarray(kv_lens, jnp.int32)
+    return SamplingRows.unpack(jnp.asarray(table.rows), kv_lens, jnp.asarray(table.prompt_len))
+
+
+def draw(spec: dict, count=4000, logits=LOGITS) -> np.ndarray:
+    """`count` draws, each of another seed."""
+    batch = rows([SamplingSpec(seed=seed, **spec) for seed in range(count)])
+    return np.asarray(_sample(jnp.tile(logits, (count, 1)), batch, 2)[0])
+
+
+def expected_probabilities(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
+    p = special.softmax(LOGITS.astype(np.float64) / temperature)
+    p[p < min_p * p.max()] = 0
+    order = np.argsort(-p)
+    if top_k:
+        p[order[top_k:]] = 0
+    p /= p.sum()
+    order = np.argsort(-p)
+    enough = np.searchsorted(np.cumsum(p[order]), top_p) + 1  # the smallest set that reaches top_p
+    p[order[enough:]] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(temperature=1.0),
+        dict(temperature=0.5),
+        dict(temperature=1.7),
+        dict(temperature=1.0, top_k=3),
+        dict(temperature=1.0, top_k=V + 5),
+        dict(temperature=1.0, top_p=0.7),
+        dict(temperature=1.0, top_p=0.01),
+        dict(temperature=1.3, min_p=0.2),
+        dict(temperature=1.2, top_k=6, top_p=0.8, min_p=0.05),
+    ],
+    ids=str,
+)
+def test_distribution(spec):
+    expected = expected_probabilities(**spec)
+    counts = np.bincount(draw(spec), minlength=V)
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    if kept.sum() > 1:
+        assert stats.chisquare(counts[kept], expected[kept] * counts.sum()).pvalue > 1e-4
+    else:
+        assert counts[kept] == counts.sum()
+
+
+def test_greedy_rows_and_their_sampling_neighbours():
+    batch = rows([SamplingSpec(), SamplingSpec(temperature=1.0, seed=3), SamplingSpec()])
+    tokens = np.asarray(_sample(jnp.tile(LOGITS, (3, 1)), batch, 2)[0])
+    assert tokens[0] == tokens[2] == LOGITS.argmax()
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+    spec = SamplingSpec(temperature=1.5, seed=2**63 + 17, top_p=0.95)
+    alone = np.asarray(_sample(jnp.asarray(LOGITS)[None], rows([spec]), 2)[0])[0]
+    mates = [SamplingSpec(temperature=0.7, seed=i, top_k=i, min_p=0.1) for i in range(6)]
+    for place in range(7):
+        batch = rows([*mates[:place], spec, *mates[place:]])
+        assert np.asarray(_sample(jnp.tile(LOGITS, (7, 1)), batch, 2)[0])[place] == alone
+    many = [SamplingSpec(temperature=1.5, seed=5)] * 200
+    by_position = np.asarray(_sample(jnp.tile(LOGITS, (200, 1)), rows(many, np.arange(1, 201)), 2)[0])
+    assert len(set(by_position.tolist())) > 4
+    assert len(set(np.asarray(_sample(jnp.tile(LOGITS, (200, 1)), rows(many), 2)[0]).tolist())) == 1
+
+
+def test_ties_at_the_kth_place_stay():
+    logits = np.zeros(V, np.float32)
+    logits[:4] = 5.0
+    assert set(draw(dict(temperature=1.0, top_k=2), 200, logits).tolist()) == {0, 1, 2, 3}
+
+
+def test_extreme_logits():
+    logits = np.array([1e30, -1e30, 0, -np.inf, 1e30, *[-5.0] * 7], np.float32)
+    assert set(draw(dict(temperature=1.0, top_k=5, top_p=0.9), 200, logits).tolist()) == {0, 4}
+
+
+def test_masked_ids_until_min_tokens():
+    best = int(LOGITS.argmax())
+    spec = SamplingSpec(min_tokens=3, masked_ids=(best,))
+    batch = rows([spec] * 3, kv_lens=[4, 6, 7])  # with a prompt of 4: before the 1st, 3rd and 4th new token
+    tokens = np.asarray(_sample(jnp.tile(LOGITS, (3, 1)), batch, 2)[0]).tolist()
+    second = int(np.argsort(LOGITS)[-2])
+    assert tokens == [second, second, best]
+    assert MAX_STOP_IDS >= 16
+
+
+def test_logprobs_are_of_the_raw_distribution():
+    spec = SamplingSpec(temperature=0.5, top_k=2, seed=1, num_logprobs=3)
+    tokens, logprobs = _sample(jnp.tile(LOGITS, (2, 1)), rows([spec, SamplingSpec()]), 5)
+    reference = special.log_softmax(LOGITS.astype(np.float64))
+    order = np.argsort(-reference)
+    np.testing.assert_allclose(np.asarray(logprobs.top[0]), reference[order[:5]], atol=1e-5)
+    assert np.asarray(logprobs.top_ids[0]).tolist() == order[:5].tolist()
+    token = int(tokens[0])
+    np.testing.assert_allclose(float(logprobs.token[0]), reference[token], atol=1e-5)
+    assert int(logprobs.rank[0]) == order.tolist().index(token) + 1
+
+
+def test_padding_rows_ask_for_nothing():
+    batch = rows([SamplingSpec(temperature=1.0, num_logprobs=3)], kv_lens=[0])
+    _, logprobs = _sample(jnp.asarray(LOGITS)[None], batch, 2)
+    assert not np.any(np.asarray(logprobs.top)) and float(batch.temperature[0]) == 0

@@ -1,0 +1,31 @@
+"""The ladder holds every step that the scheduler may plan, and is short."""
+
+import pytest
+
+from jaxllm.runner.shapes import ShapeLadder, StepShape, steps
+
+
+def test_steps():
+    assert steps(1, 8, 2) == [1, 2, 4, 8]
+    assert steps(32, 1000, 4) == [32, 128, 512, 1000]
+    assert steps(5, 5, 2) == [5]
+
+
+@pytest.mark.parametrize(("seqs", "tokens"), [(1, 1), (8, 64), (1024, 16384), (48, 100), (64, 16)])
+def test_every_step_fits(seqs, tokens):
+    ladder = ShapeLadder.of(seqs, tokens)
+    for rows in {1, min(seqs, tokens) // 2 or 1, min(seqs, tokens)}:
+        shape = ladder.fit(rows, rows, True)
+        assert shape.num_rows == shape.num_tokens >= rows and shape.decode_only
+        for total in {rows, (rows + tokens) // 2, tokens}:
+            shape = ladder.fit(total, rows, False)
+            assert shape.num_tokens >= total and shape.num_rows >= rows and not shape.decode_only
+    assert len(ladder.all) <= 26
+
+
+def test_the_smallest_that_fits():
+    ladder = ShapeLadder.of(8, 256)
+    assert ladder.fit(3, 3, True) == StepShape(4, 4, True)
+    assert ladder.fit(33, 2, False) == StepShape(64, 8, False)
+    with pytest.raises(ValueError, match="257 tokens in 2 rows"):
+        ladder.fit(257, 2, False)
