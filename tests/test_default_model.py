@@ -101,8 +101,8 @@ def test_card_and_files_are_the_script_s():
 # Written for this test, in the style of the books but in none of them.
 PASSAGE = (
     "The old man looked at the boy for a long time, and then he said that he would go down to the river in the "
-    "morning, if the weather was fine, and see whether the boat was still there. The boy was very glad to hear it, and he ran "
-    "home to tell his mother."
+    "morning, if the weather was fine, and see whether the boat was still there. The boy was very glad to hear it, and "
+    "he ran home to tell his mother."
 )
 
 
