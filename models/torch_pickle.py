@@ -33,7 +33,7 @@ _STORAGE_DTYPES: dict[str, np.dtype] = {
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-class UnsafePickleError(pickle.UnpicklingError):
+class UnsafePickleError(ValueError):
     """The pickle asks for something other than tensors."""
 
 

@@ -65,14 +65,18 @@ def check_params(network: Network, params: Params) -> None:
 
     Raises: CheckpointError naming every missing and unused parameter and every wrong shape and dtype.
     """
+    if not isinstance(params, dict):
+        raise CheckpointError(f"the parameters must be a nested dict of arrays, not a {type(params).__name__}")
     given, problems = flatten_dict(params), []
     for path, spec in network.specs.items():
-        name, array = ".".join(path), given.get(path)
-        if array is None:
-            problems.append(f"missing: {name}, expected {spec.dtype} {list(spec.shape)}")
-        elif tuple(array.shape) != spec.shape or array.dtype != spec.dtype:
-            found = f"{array.dtype} {list(array.shape)}"
-            problems.append(f"{name}: expected {spec.dtype} {list(spec.shape)}, found {found}")
+        name, expected = ".".join(path), f"{spec.dtype} {list(spec.shape)}"
+        if path not in given:
+            problems.append(f"missing: {name}, expected {expected}")
+        elif not hasattr(given[path], "dtype"):
+            problems.append(f"{name}: expected an array, {expected}, found a {type(given[path]).__name__}")
+        elif tuple(given[path].shape) != spec.shape or given[path].dtype != spec.dtype:
+            found = f"{given[path].dtype} {list(given[path].shape)}"
+            problems.append(f"{name}: expected {expected}, found {found}")
     problems += [f"unused: {'.'.join(map(str, path))}" for path in given if path not in network.specs]
     _raise_if(problems, f"the parameters do not fit {network.config.architecture}")
 

@@ -1,7 +1,7 @@
 """Tiny checkpoints with random weights in Hugging Face's formats, written by transformers and PyTorch themselves.
 
 The weights are large enough for attention to prefer some tokens, and no bias or norm is left at its neutral value, so
-that a forgotten one shows. Tests that use this file skip where PyTorch is not installed: `pytest.importorskip("torch")`.
+that a forgotten one shows. Tests that use this file skip without PyTorch: `pytest.importorskip("torch")`.
 """
 
 import json

@@ -65,7 +65,7 @@ def inverse_frequencies(config: RopeConfig) -> np.ndarray:
         case "llama3":
             return _llama3(config, inv_freq)
         case "yarn":
-            return _yarn(config, inv_freq)
+            return _yarn(config)
     raise ValueError(f"rope_type={config.rope_type!r} is not supported")
 
 
@@ -74,7 +74,9 @@ def _exponents(config: RopeConfig) -> np.ndarray:
 
 
 def _period_scale(config: RopeConfig) -> np.ndarray:
-    return np.power(np.float32(config.theta), _exponents(config), dtype=np.float32)
+    # Rounded once, from float64: numpy's float32 power is an ulp off in a tenth of its results, and far into a context
+    # an ulp of a frequency is a visible angle.
+    return np.power(config.theta, _exponents(config).astype(np.float64)).astype(np.float32)
 
 
 def _dynamic_inverse_frequencies(config: RopeConfig, inv_freq: np.ndarray, seq_lens: jax.Array) -> jax.Array:
@@ -94,7 +96,7 @@ def _llama3(config: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
     return (1 - smooth) * inv_freq / np.float32(config.factor) + smooth * inv_freq
 
 
-def _yarn(config: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
+def _yarn(config: RopeConfig) -> np.ndarray:
     """YaRN (Peng et al. 2023): interpolate dimensions that turn under beta_slow times, keep those over beta_fast."""
     dim = config.rotary_dim
 
@@ -107,4 +109,5 @@ def _yarn(config: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
     low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001  # a step, without dividing by zero
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
-    return inv_freq / np.float32(config.factor) * ramp + inv_freq * (1 - ramp)
+    keep, periods = 1 - ramp, _period_scale(config)
+    return 1 / (np.float32(config.factor) * periods) * (1 - keep) + 1 / periods * keep
