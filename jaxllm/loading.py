@@ -17,6 +17,7 @@ from jaxllm.engine import LLMEngine
 from jaxllm.tokenizer import Tokenizer
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
+DEFAULT_MODEL_NOTICE = "no model was named: using the embedded default, a tiny model that knows a few old books"
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     if isinstance(config.model, Mapping):
         return Checkpoint(None, {**config.model, **overrides}, {})
     if config.model is None:
-        logger.warning("no model was named: using the embedded default, a tiny model that knows a few old books")
+        logger.warning(DEFAULT_MODEL_NOTICE)
         folder = DEFAULT_MODEL
     else:
         folder = find_folder(config.model, config.revision, config.download_dir)

@@ -1,4 +1,4 @@
-"""What the device unpacks is what the plan says: against plain loops over the plan's rows, for plans of a real scheduler."""
+"""What the device unpacks is what the plan says: against plain loops over the rows of a real scheduler's plans."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,51 @@
+"""EngineConfig: checks, unknown names, what is decided when the device is known."""
+
+import dataclasses
+
+import pytest
+
+from jaxllm.config import EngineConfig, resolve
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("dtype", "int8"),
+        ("load_format", "gguf"),
+        ("generation_config", "mine"),
+        ("block_size", 0),
+        ("block_size", None),
+        ("max_num_seqs", -1),
+        ("max_model_len", 1.5),
+        ("gpu_memory_utilization", 0.0),
+        ("gpu_memory_utilization", 1.1),
+        ("gpu_memory_utilization", float("nan")),
+        ("tensor_parallel_size", 2),
+        ("seed", -1),
+    ],
+)
+def test_bad_values(field, bad):
+    with pytest.raises(ValueError, match=rf"^{field} must be .*{bad!r}"):
+        EngineConfig(**{field: bad})
+
+
+def test_unknown_field():
+    with pytest.raises(TypeError, match="no field 'max_seqs': did you mean 'max_num_seqs'"):
+        EngineConfig.create(max_seqs=3)
+
+
+def test_every_field_explains_itself():
+    assert all(one.metadata["help"] for one in dataclasses.fields(EngineConfig))
+
+
+def test_resolve():
+    cpu = resolve(EngineConfig(), max_positions=2048, device_bytes=None)
+    assert (cpu.max_model_len, cpu.max_num_seqs, cpu.max_num_batched_tokens) == (2048, 64, 1024)
+    big = resolve(EngineConfig(max_model_len=4096), max_positions=8192, device_bytes=141 * 10**9)
+    assert (big.max_model_len, big.max_num_seqs, big.max_num_batched_tokens) == (4096, 1024, 16384)
+    small = resolve(EngineConfig(), max_positions=8192, device_bytes=24 * 10**9)
+    assert (small.max_num_seqs, small.max_num_batched_tokens) == (256, 8192)
+    whole = resolve(EngineConfig(enable_chunked_prefill=False), max_positions=32768, device_bytes=24 * 10**9)
+    assert whole.max_num_batched_tokens == 32768
+    with pytest.raises(ValueError, match="max_model_len=9000 exceeds the model's max_position_embeddings=8192"):
+        resolve(EngineConfig(max_model_len=9000), max_positions=8192, device_bytes=None)
