@@ -51,14 +51,16 @@ class Stepper:
 
         Rows past their prompt become decode rows. `pad` tokens and as many rows of padding are added.
         """
-        is_decode = lambda row: self.rows[row].computed >= self.rows[row].prompt_len  # noqa: E731
-        order = sorted(counts, key=lambda row: not is_decode(row))
-        batch = self._batch(order, counts, sum(map(is_decode, order)), decode_only, pad)
+        order = sorted(counts, key=lambda row: not self._is_decode(row))
+        batch = self._batch(order, counts, sum(map(self._is_decode, order)), decode_only, pad)
         last = np.cumsum([counts[row] for row in order]) - 1
         logits, self.kv = self._run(self.params, self.kv, batch, jnp.asarray(last, jnp.int32))
         for row in order:
             self.rows[row].computed += counts[row]
         return dict(zip(order, np.asarray(logits), strict=True))
+
+    def _is_decode(self, row: int) -> bool:
+        return self.rows[row].computed >= self.rows[row].prompt_len
 
     def _forward(self, params, kv, batch, last):
         hidden, kv = self.network.forward(params, kv, batch)

@@ -47,7 +47,7 @@ def test_a_file_is_not_a_folder(tmp_path):
 
 
 def test_without_network_it_says_what_was_tried_and_how_to_pass_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as error:
         resolve("nobody/no-such-model", revision="v1", download_dir=tmp_path)
     for words in ("'nobody/no-such-model'", "Hugging Face hub at revision 'v1' failed", "path of its folder"):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -262,5 +263,7 @@ def test_peak_host_memory_over_the_arrays_is_under_one_shard(tmp_path):
     save_checkpoint(net, net.init(jax.random.key(0)), tmp_path)
     files = shard(tmp_path, 2)
     largest = max((tmp_path / file).stat().st_size for file in files)
-    run = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]  # `tests` is importable from there
+    run = subprocess.run([sys.executable, "-c", PEAK, tmp_path], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 1.3 * largest < net_bytes(net)
