@@ -1,0 +1,43 @@
+"""ragged_prefill: causal attention of many rows' new tokens, flat, over each row's pages."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.checks import check_attention
+from pallas_kernels.ragged_prefill import reference
+
+_IMPLEMENTATIONS = {"reference": dispatch.Implementation(reference.ragged_prefill)}
+
+
+def ragged_prefill(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    query_starts: jax.Array,
+    *,
+    scale: float,
+    backend: str | None = None,
+) -> jax.Array:
+    """Attention of the new tokens of S rows, each over its cached prefix and, causally, its own new tokens.
+
+    Args:
+      q: [T, N, H], the rows' new tokens one row after the other; N a multiple of K.
+      k_pages, v_pages: [P, K, page_size, H]; the new tokens' keys and values are in them already.
+      page_table: i32[S, W], the row's pages in order. Entries past the row's length may hold anything.
+      kv_lens: i32[S], tokens of KV, the new ones included; at most W * page_size.
+      query_starts: i32[S + 1], ascending: row s owns q[query_starts[s]:query_starts[s + 1]], whose last query is at
+        position kv_lens[s] - 1. Rows may own none.
+      scale: multiplies the scores, usually H ** -0.5.
+
+    Returns: [T, N, H] in q's dtype, zeros for tokens that no row owns; softmax and sums in float32.
+
+    Raises: ValueError naming the argument whose shape does not fit.
+    """
+    sizes = check_attention(q, k_pages, v_pages, page_table, kv_lens, "T N H")
+    if query_starts.shape != (sizes["S"] + 1,):
+        raise ValueError(f"query_starts must be [S + 1] with S={sizes['S']}, got shape {list(query_starts.shape)}")
+    return dispatch.run(
+        "ragged_prefill", _IMPLEMENTATIONS, backend, q, k_pages, v_pages, page_table, kv_lens, query_starts, scale=scale
+    )

@@ -1,0 +1,161 @@
+"""paged_decode and ragged_prefill against dense NumPy attention, on random ragged batches with poison all around.
+
+The suite is written once; a backend is a parameter.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.paged_decode import paged_decode
+from pallas_kernels.paged_decode.specs import SPECS as DECODE_SPECS
+from pallas_kernels.ragged_prefill import ragged_prefill
+from pallas_kernels.ragged_prefill.specs import SPECS as PREFILL_SPECS
+from tests.pallas_kernels.dense import attend, random_pages
+
+BACKENDS = ["reference"]
+HEADS = [(4, 4, 32), (8, 2, 64), (6, 1, 80)]  # N, K, H: multi-head, grouped-query, multi-query
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+def lengths(page_size):
+    return st.sampled_from([0, 1, page_size - 1, page_size, page_size + 1, 100, 140])
+
+
+@st.composite
+def batches(draw):
+    page_size, heads = draw(st.sampled_from([16, 32])), draw(st.sampled_from(HEADS))
+    kv_lens = draw(st.lists(lengths(page_size), min_size=5, max_size=5))
+    new = [draw(st.integers(0, min(length, 40))) for length in kv_lens]
+    return page_size, heads, kv_lens, new, draw(st.sampled_from(["float32", "bfloat16"])), draw(st.integers(0, 2**31))
+
+
+def check(out, expected, dtype):
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(batch=batches())
+def test_decode(backend, batch):
+    page_size, (N, K, H), kv_lens, _, dtype, seed = batch
+    rng = np.random.default_rng(seed)
+    width = 160 // page_size
+    paged = random_pages(rng, kv_lens, width=width, num_pages=5 * width, K=K, H=H, page_size=page_size, dtype=dtype)
+    q = jnp.asarray(rng.normal(size=(5, N, H)), dtype)
+    out = paged_decode(q, paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens, scale=0.2, backend=backend)
+    expected = np.zeros((5, N, H))
+    for row, length in enumerate(kv_lens):
+        if length:
+            expected[row] = attend(np.asarray(q[row], np.float64), paged.keys[row], paged.values[row], 0.2)
+    check(out, expected, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(batch=batches())
+def test_prefill(backend, batch):
+    page_size, (N, K, H), kv_lens, new, dtype, seed = batch
+    rng = np.random.default_rng(seed)
+    width, T = 160 // page_size, 208  # a few tokens that no row owns at the end, and one at the beginning
+    paged = random_pages(rng, kv_lens, width=width, num_pages=5 * width, K=K, H=H, page_size=page_size, dtype=dtype)
+    q = jnp.asarray(rng.normal(size=(T, N, H)), dtype)
+    starts = np.concatenate([[1], 1 + np.cumsum(new)]).astype(np.int32)
+    out = ragged_prefill(
+        q,
+        paged.k_pages,
+        paged.v_pages,
+        paged.page_table,
+        paged.kv_lens,
+        jnp.asarray(starts),
+        scale=0.2,
+        backend=backend,
+    )
+    expected = np.zeros((T, N, H))
+    for row, (length, count) in enumerate(zip(kv_lens, new, strict=True)):
+        for i in range(count):
+            seen, token = length - count + i + 1, starts[row] + i
+            query = np.asarray(q[token], np.float64)
+            expected[token] = attend(query, paged.keys[row][:seen], paged.values[row][:seen], 0.2)
+    check(out, expected, dtype)
+
+
+def test_prefill_of_single_tokens_is_decode():
+    rng = np.random.default_rng(1)
+    paged = random_pages(rng, [7, 33, 1, 60], width=4, num_pages=16, K=2, H=32, page_size=16)
+    q = jnp.asarray(rng.normal(size=(4, 4, 32)), jnp.float32)
+    pages = (paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens)
+    decoded = paged_decode(q, *pages, scale=0.3)
+    prefilled = ragged_prefill(q, *pages, jnp.arange(5), scale=0.3)
+    np.testing.assert_allclose(decoded, prefilled, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in DECODE_SPECS if spec.name.startswith("default-model")], ids=str)
+def test_decode_spec(spec):
+    rng = np.random.default_rng(2)
+    kv_lens = rng.integers(spec.min_len, spec.max_len + 1, spec.num_rows).tolist()
+    width = -(-spec.max_len // spec.page_size)
+    paged = random_pages(
+        rng, kv_lens, width=width, num_pages=width * spec.num_rows, K=spec.num_kv_heads, H=spec.head_dim,
+        page_size=spec.page_size,
+    )  # fmt: skip
+    q = jnp.asarray(rng.normal(size=(spec.num_rows, spec.num_heads, spec.head_dim)), jnp.float32)
+    out = paged_decode(q, paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens, scale=0.2)
+    expected = [attend(np.asarray(q[i]), paged.keys[i], paged.values[i], 0.2) for i in range(spec.num_rows)]
+    check(out, np.array(expected), "float32")
+
+
+@pytest.mark.parametrize("spec", [spec for spec in PREFILL_SPECS if spec.name.startswith("default-model")], ids=str)
+def test_prefill_spec(spec):
+    rng = np.random.default_rng(3)
+    new = rng.integers(spec.min_new, spec.max_new + 1, spec.num_rows)
+    kv_lens = (new + spec.cached).tolist()
+    width = -(-max(kv_lens) // spec.page_size)
+    paged = random_pages(
+        rng, kv_lens, width=width, num_pages=width * spec.num_rows, K=spec.num_kv_heads, H=spec.head_dim,
+        page_size=spec.page_size,
+    )  # fmt: skip
+    starts = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+    q = jnp.asarray(rng.normal(size=(int(starts[-1]), spec.num_heads, spec.head_dim)), jnp.float32)
+    pages = (paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens)
+    out = ragged_prefill(q, *pages, jnp.asarray(starts), scale=0.2)
+    for row, count in enumerate(new.tolist()):
+        for i in {0, count // 2, count - 1}:
+            seen = spec.cached + i + 1
+            expected = attend(np.asarray(q[starts[row] + i]), paged.keys[row][:seen], paged.values[row][:seen], 0.2)
+            np.testing.assert_allclose(out[starts[row] + i], expected, atol=2e-5)
+
+
+def test_cost_follows_the_context_and_not_the_table():
+    """The loop over pages stops at the longest row: an inf in pages beyond would else come in as 0 * inf."""
+    kv = jnp.full((8, 1, 16, 32), jnp.inf).at[0].set(1.0)
+    out = paged_decode(jnp.ones((1, 1, 32)), kv, kv, jnp.arange(8)[None], jnp.array([16]), scale=1.0)
+    np.testing.assert_allclose(out, 1.0)
+
+
+GOOD = dict(
+    q=jnp.zeros((2, 4, 32)), k_pages=jnp.zeros((3, 2, 16, 32)), v_pages=jnp.zeros((3, 2, 16, 32)),
+    page_table=jnp.zeros((2, 1), jnp.int32), kv_lens=jnp.zeros(2, jnp.int32),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("q", jnp.zeros((2, 32)), r"q must be \[S, N, H\], got shape \[2, 32\]"),
+        ("q", jnp.zeros((2, 3, 32)), "N=3 heads, which must be a multiple of the K=2"),
+        ("v_pages", jnp.zeros((3, 2, 16, 64)), "v_pages must be .* with H=32, got shape"),
+        ("kv_lens", jnp.zeros(3, jnp.int32), r"kv_lens must be \[S\] with S=2"),
+    ],
+)
+def test_bad_shapes_name_the_argument(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        paged_decode(**(GOOD | {name: value}), scale=1.0)
+
+
+def test_bad_query_starts():
+    with pytest.raises(ValueError, match=r"query_starts must be \[S \+ 1\] with S=2, got shape \[2\]"):
+        ragged_prefill(**GOOD, query_starts=jnp.zeros(2, jnp.int32), scale=1.0)
