@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxllm.models import torch_pickle
 from safetensors import SafetensorError, safe_open
+
+from jaxllm.models import torch_pickle
 
 # In the order in which they are looked for.
 WEIGHT_FILES = (

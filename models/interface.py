@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers.param import ParamSpec
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.interface import KVPages, LayerKV, StepBatch
 from jaxllm.models.layers.attention import Attention

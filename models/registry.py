@@ -9,6 +9,7 @@ import importlib
 from importlib.metadata import entry_points
 
 import jax.numpy as jnp
+
 from jaxllm.models.config import DTYPES, ModelConfig
 from jaxllm.models.interface import Network
 

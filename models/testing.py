@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.interface import KVPages, StepBatch
 from jaxllm.models.layers.attention import paged_attention

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxllm.models.checkpoint_files import CheckpointError, CheckpointTensor, list_tensors
-from jaxllm.models.interface import Network, Params
 from safetensors.numpy import save_file
 from tqdm import tqdm
+
+from jaxllm.models.checkpoint_files import CheckpointError, CheckpointTensor, list_tensors
+from jaxllm.models.interface import Network, Params
 
 ParamPath = tuple[str, ...]  # ("layers", "0", "attention", "qkv", "weight")
 

@@ -6,11 +6,11 @@ Decode rows and prefill rows have a kernel each; what a step holds of either is 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from jaxllm.models.interface import LayerKV, StepBatch
 from jaxllm.models.layers.linear import Linear
 from jaxllm.models.layers.param import Initializer
 from jaxllm.models.layers.rope import rotate
-
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.ragged_prefill import ragged_prefill

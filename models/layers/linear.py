@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from jaxllm.models.layers.param import Initializer, param, zeros
 
 

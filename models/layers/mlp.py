@@ -4,6 +4,7 @@ import functools
 
 import jax
 from flax import nnx
+
 from jaxllm.models.layers.linear import Linear
 from jaxllm.models.layers.param import Initializer
 

@@ -1,9 +1,9 @@
 """Engines that the tests share. `sum_llm` answers with jaxllm.models.testing's running sums, known to plain Python."""
 
 import pytest
-from jaxllm.models import testing
 
 import jaxllm
+from jaxllm.models import testing
 
 
 def make_sum_llm(**overrides) -> jaxllm.LLM:

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from jaxllm.models.testing import continuation
 
 from jaxllm import SamplingParams
+from jaxllm.models.testing import continuation
 from tests.jaxllm.conftest import make_sum_llm
 
 PROMPTS = [[(i * k + 1) % 32 for i in range(length)] for k, length in enumerate([1, 3, 15, 16, 17, 40, 90, 33], 1)]

@@ -68,7 +68,9 @@ def test_stop_string(default_llm):
 def test_stop_string_waits_for_min_tokens(default_llm):
     whole = text_of(default_llm, PROMPT, greedy(ignore_eos=True))
     stop = whole[1:3]
-    output = default_llm.generate(PROMPT, greedy(stop=stop, min_tokens=8, ignore_eos=True), use_tqdm=False)[0].outputs[0]
+    output = default_llm.generate(PROMPT, greedy(stop=stop, min_tokens=8, ignore_eos=True), use_tqdm=False)[0].outputs[
+        0
+    ]
     assert len(output.token_ids) >= 8
 
 

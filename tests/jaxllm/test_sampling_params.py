@@ -59,9 +59,7 @@ def test_unknown_field():
         SamplingParams(max_token=5)
 
 
-@pytest.mark.parametrize(
-    ("given", "kept"), [(0, 0), (1e-6, 0), (1e-4, 1e-2), (1e-2, 1e-2), (0.5, 0.5), (2, 2)]
-)
+@pytest.mark.parametrize(("given", "kept"), [(0, 0), (1e-6, 0), (1e-4, 1e-2), (1e-2, 1e-2), (0.5, 0.5), (2, 2)])
 def test_small_temperatures(given, kept):
     assert SamplingParams(temperature=given).temperature == kept
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxllm.models import LayerKV, Network, StepBatch
 
 

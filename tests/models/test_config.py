@@ -1,4 +1,5 @@
 import pytest
+
 from jaxllm.models import ModelConfig
 
 MINIMAL = {

@@ -1,5 +1,6 @@
 import huggingface_hub
 import pytest
+
 from jaxllm.models import resolve
 
 

@@ -1,8 +1,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxllm.models import ModelConfig, build
 
+from jaxllm.models import ModelConfig, build
 from tests.models.test_config import MINIMAL
 
 

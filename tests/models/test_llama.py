@@ -6,7 +6,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from jaxllm.models import ModelConfig, build, load_params  # noqa: E402
-
 from tests.checkpoints import save_checkpoint, tiny_llama  # noqa: E402
 from tests.models.stepping import Stepper, greedy  # noqa: E402
 

@@ -2,6 +2,7 @@ import sys
 from importlib.metadata import EntryPoint
 
 import pytest
+
 from jaxllm.models import ModelConfig, build, register_model, registry, supported_architectures, testing
 
 

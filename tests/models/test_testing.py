@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from jaxllm.models import ModelConfig, build, testing
 
+from jaxllm.models import ModelConfig, build, testing
 from tests.models.stepping import Stepper, greedy
 
 

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
+
 from jaxllm.models import CheckpointError, ModelConfig, build, load_params
 from jaxllm.models.torch_pickle import Storage, TorchTensor, UnsafePickleError, read_index, read_tensor
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxllm.models import CheckpointError, ModelConfig, build, check_params, load_params, save_checkpoint
-from jaxllm.models.weights import checkpoint_slots
 from safetensors.numpy import load_file, save_file
 
+from jaxllm.models import CheckpointError, ModelConfig, build, check_params, load_params, save_checkpoint
+from jaxllm.models.weights import checkpoint_slots
 from tests.models.test_config import MINIMAL
 
 

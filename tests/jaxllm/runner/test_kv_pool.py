@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from jaxllm.models import testing
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.registry import build
-
 from jaxllm.runner import kv_pool
 
 

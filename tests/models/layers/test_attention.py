@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxllm.models import LayerKV, StepBatch
 from jaxllm.models.layers.attention import paged_attention
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxllm.models.layers.linear import matmul
 from jaxllm.models.layers.mlp import ACTIVATIONS
 from jaxllm.models.layers.norm import RMSNorm

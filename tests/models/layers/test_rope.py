@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxllm.models import RopeConfig
 from jaxllm.models.layers.rope import Rope, inverse_frequencies, rotate, sequence_lengths
 
@@ -29,9 +30,10 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_frequencies_are_those_of_transformers(name, partial, theta):
     torch = pytest.importorskip("torch")
-    from jaxllm.models import ModelConfig
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from jaxllm.models import ModelConfig
 
     rope_type = name.split("_")[0]
     rope = {"rope_type": rope_type, "rope_theta": theta, "partial_rotary_factor": partial, **SETTINGS[name]}
