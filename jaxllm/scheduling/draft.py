@@ -87,7 +87,7 @@ class Draft:
         if num_decodes < len(slots):
             rows = np.argsort(~decodes, kind="stable")
             slots, counts, samples = slots[rows], counts[rows], samples[rows]
-        requests = [r.request(slot) for slot in slots.tolist()]
+        requests = r.requests_of(slots)
         starts = r.computed[slots] - counts
         decode_slots = slots[:num_decodes]
         tokens = np.where(r.pending[decode_slots] > 0, IN_FLIGHT, r.last_token[decode_slots]).astype(np.int32)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxllm.scheduling.pages import PagePool
 from jaxllm.scheduling.prefix_cache import PrefixCache
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.residents import Residents
+from jaxllm.scheduling.residents import Ints, Residents
 
 
 class KVMemory:
@@ -46,7 +46,7 @@ class KVMemory:
         """Gives a request that has just become resident the cached pages of its beginning."""
         residents, slot = self._residents, request.slot
         self.pool.share(hits)
-        residents.append_pages(slot, hits)
+        residents.append_pages(np.array([slot]), np.array([len(hits)]), hits)
         residents.computed[slot] = len(hits) * self.page_size
         residents.cached_pages[slot] = len(hits)
         if self.cache is not None:
@@ -56,12 +56,13 @@ class KVMemory:
             self.queried_tokens += request.prompt_len
             self.hit_tokens += request.num_cached_tokens
 
-    def grow(self, slot: int, num_pages: int) -> None:
-        """Allocates `num_pages` more pages to the slot; OutOfPages if they are not free."""
-        if num_pages:
-            self._residents.append_pages(slot, self.pool.allocate(num_pages))
+    def grow(self, slots: Ints, counts: Ints) -> None:
+        """Allocates counts[i] more pages to slots[i], in this order; OutOfPages, taking none, if they are not free."""
+        total = int(counts.sum())
+        if total:
+            self._residents.append_pages(slots, counts, self.pool.allocate(total))
 
-    def publish(self, slots: Sequence[int]) -> None:
+    def publish(self, slots: Ints) -> None:
         """Offers the slots' full pages of known tokens to the prefix cache.
 
         Pages that a planned step is going to fill count as full: within a layer, KV is written before it is read, so
@@ -70,16 +71,16 @@ class KVMemory:
         if self.cache is None:
             return
         r = self._residents
-        for slot in slots:
-            full = int(min(r.computed[slot], r.total[slot] - r.pending[slot])) // self.page_size
-            first = int(r.cached_pages[slot])
-            request = r.requests[slot]
-            if full <= first or request is None:
-                continue
-            keys, uid = request.pages_of_tokens(full, self.page_size), int(r.cache_uid[slot])
-            for i in range(first, full):
-                uid = self.cache.insert(int(r.pages[slot, i]), uid, keys[i])
-            r.cached_pages[slot], r.cache_uid[slot] = full, uid
+        full = np.minimum(r.computed[slots], r.total[slots] - r.pending[slots]) // self.page_size
+        fresh = full > r.cached_pages[slots]
+        slots, full = slots[fresh], full[fresh]
+        first, uids = r.cached_pages[slots].tolist(), r.cache_uid[slots].tolist()
+        for i, (request, end) in enumerate(zip(r.requests_of(slots), full.tolist(), strict=True)):
+            keys, uid = request.pages_of_tokens(end, self.page_size), uids[i]
+            for column, page in enumerate(r.pages[request.slot, first[i] : end].tolist(), first[i]):
+                uid = self.cache.insert(page, uid, keys[column])
+            uids[i] = uid
+        r.cached_pages[slots], r.cache_uid[slots] = full, uids
 
     def check(self) -> None:
         """Asserts that pages and holders agree, and that every resident's computed tokens lie in its pages (I2, I3)."""

@@ -7,13 +7,12 @@ on it can no longer be reached. The pool evicts a sequence's end before its begi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ROOT = 0  # the uid that stands for "nothing before"
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     key: tuple[int, bytes]
     uid: int
 

@@ -6,6 +6,8 @@ would be the slowest part of the engine's host code.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import numpy.typing as npt
 
@@ -54,7 +56,7 @@ class Residents:
 
     def in_order(self) -> list[Request]:
         """The resident requests, in admission order."""
-        return [self.request(slot) for slot in self.order.tolist()]
+        return self.requests_of(self.order)
 
     def add(self, request: Request, limit: int) -> int:
         """Gives the request a slot and fills its row; the caller has made sure that one is free."""
@@ -86,21 +88,18 @@ class Residents:
     def take_page_updates(self, slots: Ints) -> Ints:
         """The page-table entries of these slots that no plan has carried yet: i64[U, 3] of (slot, column, page)."""
         behind = slots[self.num_pages[slots] > self.sent_pages[slots]]
-        sent, counts = self.sent_pages[behind], self.num_pages[behind] - self.sent_pages[behind]
-        rows = np.repeat(behind, counts)
-        columns = np.arange(len(rows)) + np.repeat(sent - (np.cumsum(counts) - counts), counts)
+        rows, columns = _cells(behind, self.sent_pages[behind], self.num_pages[behind] - self.sent_pages[behind])
         self.sent_pages[behind] = self.num_pages[behind]
         return np.stack([rows, columns, self.pages[rows, columns]], axis=1)
 
-    def append_pages(self, slot: int, pages: list[int]) -> None:
-        start = int(self.num_pages[slot])
-        self.pages[slot, start : start + len(pages)] = pages
-        self.num_pages[slot] = start + len(pages)
+    def append_pages(self, slots: Ints, counts: Ints, pages: list[int]) -> None:
+        """Appends counts[i] of `pages` to slots[i], in this order."""
+        self.pages[_cells(slots, self.num_pages[slots], counts)] = pages
+        self.num_pages[slots] += counts
 
-    def request(self, slot: int) -> Request:
-        request = self.requests[slot]
-        assert request is not None
-        return request
+    def requests_of(self, slots: Ints) -> list[Request]:
+        """The requests in these slots, all of which are in use."""
+        return cast(list[Request], list(map(self.requests.__getitem__, slots.tolist())))
 
     def _set_stop_ids(self, slot: int, ids: list[int]) -> None:
         if len(ids) > self.stop_ids.shape[1]:
@@ -109,3 +108,10 @@ class Residents:
             self.stop_ids = wider
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(ids)] = ids
+
+
+def _cells(slots: Ints, starts: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    """Rows and columns of the cells (slots[i], starts[i] ... starts[i] + counts[i] - 1), one slot after the other."""
+    rows = np.repeat(slots, counts)
+    columns = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    return rows, columns

@@ -177,7 +177,7 @@ class Scheduler:
             draft.considered.add(request.id)
             if request.state is State.RESIDENT:
                 self._run(request, draft, policy, view)
-                self.memory.publish([request.slot] if request.slot >= 0 else [])
+                self.memory.publish(np.array([request.slot] if request.slot >= 0 else [], np.int64))
             elif not self._may_admit(draft, policy):
                 continue
             elif not self._admit(request, draft, policy, view) and policy.traits.blocked_head == "stop":
@@ -196,7 +196,7 @@ class Scheduler:
                 draft.considered.add(request.id)
                 self._run(request, draft, policy, view)
         draft.may_unplan = False
-        self.memory.publish(list(draft.num_tokens))
+        self.memory.publish(np.array(list(draft.num_tokens), np.int64))
 
     def _run_all_at_once(self, draft: Draft) -> bool:
         """The usual case, in a few array operations: every page that the residents need is free. Else False."""
@@ -206,13 +206,11 @@ class Scheduler:
         pages = np.maximum(-(-(r.computed[slots] + counts) // self.config.page_size) - r.num_pages[slots], 0)
         if int(pages.sum()) > self.memory.pool.num_free:
             return False
-        growing = pages > 0
-        for slot, count in zip(slots[growing].tolist(), pages[growing].tolist(), strict=True):
-            self.memory.grow(slot, count)
+        self.memory.grow(slots, pages)
         r.computed[slots] += counts
         runs = counts > 0
         draft.take_all(slots[runs], counts[runs], remaining[runs])
-        self.memory.publish(slots[counts > 1].tolist())
+        self.memory.publish(slots[runs])
         return True
 
     def _remaining(self, slots: Ints) -> Ints:
@@ -230,7 +228,7 @@ class Scheduler:
         pages = self.memory.pages_for(int(r.computed[slot]) + count) - int(r.num_pages[slot])
         if not self._make_room(pages, request, draft, policy, view):
             return
-        self.memory.grow(slot, max(pages, 0))
+        self.memory.grow(np.array([slot]), np.array([max(pages, 0)]))
         r.computed[slot] += count
         draft.take(slot, count, remaining)
 
@@ -300,10 +298,10 @@ class Scheduler:
         slot = self.residents.add(request, self._limit(request))
         self.waiting.remove(request)
         self.memory.begin(request, hits)
-        self.memory.grow(slot, self.memory.pages_for(start + count) - len(hits))
+        self.memory.grow(np.array([slot]), np.array([self.memory.pages_for(start + count) - len(hits)]))
         self.residents.computed[slot] += count
         draft.take(slot, count, remaining)
-        self.memory.publish([slot])
+        self.memory.publish(np.array([slot]))
         return True
 
     def _displace(
@@ -338,13 +336,13 @@ class Scheduler:
         known = r.total[slots] - r.pending[slots]
         stops = (new[:, None] == r.stop_ids[slots]).any(axis=1) & (known >= r.min_total[slots])
         done = stops | (known >= r.limit[slots])
-        requests = [plan.requests[row] for row in rows.tolist()]
+        requests = plan.requests if len(rows) == len(plan.requests) else [plan.requests[row] for row in rows.tolist()]
         values: list[int] = new.tolist()
         for request, value in zip(requests, values, strict=True):
             request.output_token_ids.append(value)
         for i in np.flatnonzero(known == r.prompt_len[slots] + 1).tolist():
             requests[i].first_token_at = now
-        self.memory.publish(slots[known // self.config.page_size > r.cached_pages[slots]].tolist())
+        self.memory.publish(slots[done])  # of those that go on, the next plan does it
         finished = [requests[i] for i in np.flatnonzero(done).tolist()]
         for request, stopped in zip(finished, stops[done].tolist(), strict=True):
             self._end(request, stopped, now)
