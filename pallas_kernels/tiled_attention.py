@@ -121,9 +121,11 @@ def _gather(pages, ids):
     """pages [P, K, page_size, H] at ids i32[G, C] -> float32 [G, K, C * page_size, H]."""
     P, K, page_size, H = pages.shape
     G, C = ids.shape
-    # One (page, head) after the other already in the order wanted: no transpose after the gather.
+    # One (page, head) after the other already in the order wanted: no transpose after the gather. As rows of a matrix,
+    # which XLA gathers twice as fast on a CPU as the same bytes in three dimensions.
     rows = ids[:, None, :] * K + jnp.arange(K)[None, :, None]
-    return pages.reshape(P * K, page_size, H)[rows].reshape(G, K, C * page_size, H).astype(jnp.float32)
+    flat = pages.reshape(P * K, page_size * H).at[rows].get(mode="promise_in_bounds")
+    return flat.reshape(G, K, C * page_size, H).astype(jnp.float32)
 
 
 def _pad_to_multiple(x, multiple, axis, fill):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_RUN = 128  # tokens
 MAX_STOP_IDS = 16  # stop tokens of a request that min_tokens can keep from being sampled
 
 
@@ -102,12 +103,24 @@ class Logprobs(NamedTuple):
 
 def sample(logits: jax.Array, rows: SamplingRows, max_logprobs: int) -> tuple[jax.Array, Logprobs]:
     """Draws a token a row from f32[S, V] logits -> (i32[S], log probabilities)."""
+    general = functools.partial(_sample, logits, rows, max_logprobs)
+    no_logprobs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(general)[1])
+    wishes = (rows.temperature > 0) | (rows.num_logprobs >= 0) | jnp.any(rows.masked_ids >= 0, axis=-1)
+    return jax.lax.cond(jnp.any(wishes), general, lambda: (_argmax(logits), no_logprobs))
+
+
+def _sample(logits: jax.Array, rows: SamplingRows, max_logprobs: int) -> tuple[jax.Array, Logprobs]:
     masked = jax.lax.cond(jnp.any(rows.masked_ids >= 0), _mask_ids, lambda x, _: x, logits, rows.masked_ids)
-    greedy = jnp.argmax(masked, axis=-1).astype(jnp.int32)
-    tokens = jax.lax.cond(jnp.any(rows.temperature > 0), _draw, lambda *args: greedy, masked, rows, greedy)
+    tokens = jax.lax.cond(jnp.any(rows.temperature > 0), _draw, lambda x, _: _argmax(x), masked, rows)
     with_logprobs = functools.partial(_logprobs, logits, tokens, max_logprobs)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(with_logprobs))
     return tokens, jax.lax.cond(jnp.any(rows.num_logprobs >= 0), with_logprobs, lambda: zeros)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """The first index of each row's maximum, i32[S]. As two plain reductions: on a CPU XLA's argmax is slow."""
+    index = jnp.arange(x.shape[1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, x.shape[1] - 1), axis=-1)
 
 
 def _mask_ids(logits: jax.Array, ids: jax.Array) -> jax.Array:
@@ -115,22 +128,47 @@ def _mask_ids(logits: jax.Array, ids: jax.Array) -> jax.Array:
     return logits.at[rows, jnp.where(ids >= 0, ids, logits.shape[1])].set(-jnp.inf, mode="drop")
 
 
-def _draw(logits: jax.Array, rows: SamplingRows, greedy: jax.Array) -> jax.Array:
-    """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax."""
+def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     is_greedy = rows.temperature == 0
-    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)  # or large logits would swallow the noise
-    scaled = scaled / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
-    scaled = jax.lax.cond(jnp.any(rows.min_p > 0), _keep_min_p, lambda x, _: x, scaled, rows.min_p)
-    scaled = jax.lax.cond(jnp.any(rows.top_k > 0), _keep_top_k, lambda x, _: x, scaled, rows.top_k)
-    scaled = jax.lax.cond(jnp.any(rows.top_p < 1), _keep_top_p, lambda x, _: x, scaled, rows.top_p)
-    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(rows.seed, rows.positions, logits.shape[1])
-    drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
-    return jnp.where(is_greedy, greedy, drawn)
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
+    filtered = jnp.any((rows.min_p > 0) | (rows.top_k > 0) | (rows.top_p < 1))
+    kept = jax.lax.cond(filtered, _filter, lambda x, _: x, scaled, rows)
+    drawn = _pick(jnp.exp(kept), jax.vmap(_two_uniforms)(rows.seed, rows.positions))
+    return jnp.where(is_greedy, _argmax(logits), drawn)
 
 
-def _gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
+def _filter(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """min_p, top_k and top_p, in vLLM's order."""
+    logits = jax.lax.cond(jnp.any(rows.min_p > 0), _keep_min_p, lambda x, _: x, logits, rows.min_p)
+    logits = jax.lax.cond(jnp.any(rows.top_k > 0), _keep_top_k, lambda x, _: x, logits, rows.top_k)
+    return jax.lax.cond(jnp.any(rows.top_p < 1), _keep_top_p, lambda x, _: x, logits, rows.top_p)
+
+
+def _two_uniforms(seed: jax.Array, position: jax.Array) -> jax.Array:
     key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    return jax.random.gumbel(jax.random.fold_in(key, position), (size,), jnp.float32)
+    return jax.random.uniform(jax.random.fold_in(key, position), (2,))
+
+
+def _pick(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """Draws an index a row with probability proportional to weights [S, V]; uniforms [S, 2] in [0, 1) -> i32[S].
+
+    Inverse transform sampling in two levels: first a run of _RUN tokens, then a token of it. So one number of each pair
+    decides among V / _RUN sums and the other among _RUN weights: no running sum over the whole vocabulary, and
+    unlikely tokens keep their odds where a single 23-bit number could not tell them apart.
+    """
+    runs = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _RUN))).reshape(len(weights), -1, _RUN)
+    run = _invert(jnp.sum(runs, axis=-1), uniforms[:, 0])
+    token = _invert(jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0], uniforms[:, 1])
+    return run * _RUN + token
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first index of a row at which the running sum of weights [S, M] exceeds uniform [S] times their total."""
+    sums = jnp.cumsum(weights, axis=-1)
+    positive = weights > 0  # rounding must not pick what has been filtered out
+    beyond = (sums > (uniform * sums[:, -1])[:, None]) & positive
+    last = weights.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
+    return jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), last).astype(jnp.int32)
 
 
 def _keep_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
