@@ -128,7 +128,7 @@ def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer |
     if isinstance(config.tokenizer, str | os.PathLike):
         from jaxllm.models.hub import resolve as find_folder
 
-        folder = find_folder(config.tokenizer, config.tokenizer_revision, config.download_dir)
+        folder = find_folder(config.tokenizer, config.tokenizer_revision, config.download_dir, tokenizer_only=True)
         return Tokenizer.load(folder, trust_remote_code=config.trust_remote_code)
     return Tokenizer(config.tokenizer)
 
