@@ -100,12 +100,13 @@ def resolve(config: EngineConfig, *, max_positions: int, device_bytes: int | Non
     """Fills in what depends on the model and the device.
 
     Args:
-      max_positions: the longest sequence that the model's config allows.
+      max_positions: the longest sequence that the model's config allows (ModelConfig.max_model_len).
       device_bytes: memory of the GPU; None on a CPU.
     """
     if config.max_model_len is not None and config.max_model_len > max_positions:
         raise ValueError(
-            f"max_model_len={config.max_model_len} exceeds the model's max_position_embeddings={max_positions}"
+            f"max_model_len={config.max_model_len} exceeds the model's {max_positions} positions "
+            f"(max_position_embeddings in its config, times the factor of its rope type)"
         )
     if device_bytes is None:
         seqs, tokens = 64, 1024

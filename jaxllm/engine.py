@@ -302,6 +302,7 @@ class LLMEngine:
             min_new_tokens=params.min_tokens,
             priority=priority,
             arrival=arrival,
+            cache_salt=self._cache_salt(len(ready.prompt_token_ids)),
             sampling=SamplingSpec(
                 temperature=params.temperature,
                 top_k=params.top_k,
@@ -313,6 +314,11 @@ class LLMEngine:
                 masked_ids=tuple(sorted(stop_ids)) if params.min_tokens else (),
             ),
         )
+
+    def _cache_salt(self, prompt_len: int) -> str:
+        """Keeps prompts apart whose KV differs although they begin alike (dynamic rope)."""
+        rope = self.runner.network.config.rope
+        return f"prompt of {prompt_len}" if rope.kv_depends_on_prompt_len(prompt_len) else ""
 
     def _seed(self, params: SamplingParams, index: int) -> int:
         """The request's own seed, else one of the engine's; each of n answers has its own."""

@@ -82,7 +82,7 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     memory = device_memory(device)
     resolved = resolve(
         config,
-        max_positions=model_config.max_position_embeddings,
+        max_positions=model_config.max_model_len,
         device_bytes=None if memory is None else memory[0],
     )
     tokenizer = _load_tokenizer(config, checkpoint)

@@ -53,6 +53,10 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
 
+    def kv_depends_on_prompt_len(self, prompt_len: int) -> bool:
+        """Whether prompts of this length have keys that prompts of other lengths, but equal beginnings, don't have."""
+        return self.rope_type == "dynamic" and prompt_len > self.max_positions
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -76,6 +80,13 @@ class ModelConfig:
     initializer_range: float  # standard deviation of random weights
     rope: RopeConfig
     dtype: str  # the checkpoint's: what dtype "auto" means
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence: rope types that stretch the trained length by a factor may leave it out of
+        max_position_embeddings; llama3's is always in it."""
+        stretched = 0 if self.rope.rope_type == "llama3" else int(self.rope.max_positions * self.rope.factor)
+        return max(self.max_position_embeddings, stretched)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":

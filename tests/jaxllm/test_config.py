@@ -47,5 +47,5 @@ def test_resolve():
     assert (small.max_num_seqs, small.max_num_batched_tokens) == (256, 8192)
     whole = resolve(EngineConfig(enable_chunked_prefill=False), max_positions=32768, device_bytes=24 * 10**9)
     assert whole.max_num_batched_tokens == 32768
-    with pytest.raises(ValueError, match="max_model_len=9000 exceeds the model's max_position_embeddings=8192"):
+    with pytest.raises(ValueError, match="max_model_len=9000 exceeds the model's 8192 positions"):
         resolve(EngineConfig(max_model_len=9000), max_positions=8192, device_bytes=None)
