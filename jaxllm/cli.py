@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         return args.run(args)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, FileNotFoundError) as error:
         print(f"jaxllm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -98,8 +98,15 @@ def _parser_of(hint: Any) -> Callable[[str], Any]:
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is dict:
-        return json.loads
+        return json_object
     return hint if hint in (int, float) else str
+
+
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"not a JSON object: {text}")
+    return value
 
 
 def run_generate(args: argparse.Namespace) -> int:

@@ -68,6 +68,8 @@ class EngineConfig:
         utilization = self.gpu_memory_utilization
         if not (isinstance(utilization, int | float) and math.isfinite(utilization) and 0 < utilization <= 1):
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
+        if not isinstance(self.hf_overrides, dict | None):
+            raise ValueError(f"hf_overrides must be a dict of config.json's keys, got {self.hf_overrides!r}")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size!r}")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig, resolve
 from jaxllm.engine import LLMEngine
+from jaxllm.scheduling import make_policy
 from jaxllm.tokenizer import Tokenizer
 
 DEFAULT_MODEL = Path(__file__).parent / "default_model"
@@ -65,6 +66,7 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
 def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     """A ready engine. `params`: weights in memory, a nested dict of arrays as models.Network describes it."""
     start = time.perf_counter()
+    make_policy(config.scheduling_policy)  # an unknown one is refused before anything is loaded
     claim_device_memory(config.gpu_memory_utilization)
     import jax
 
@@ -88,7 +90,7 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     tokenizer = _load_tokenizer(config, checkpoint)
     params = _load_params(config, network, checkpoint, params)
     loaded = time.perf_counter()
-    runner = ModelRunner(network, params, resolved)
+    runner = ModelRunner(network, params, resolved, shrink_model_len=config.max_model_len is None)
     engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer))
     logger.info(
         "%s on %s, %s: %d KV pages of %d tokens (%.2f GiB); start-up %.1f s, of which loading %.1f",
@@ -103,11 +105,10 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     if config.generation_config != "auto" or isinstance(config.model, Mapping):
         return {}
     generation = open_checkpoint(dataclasses.replace(config, model=config.model or DEFAULT_MODEL)).generation
-    if generation.get("do_sample") is False:
-        return {"temperature": 0.0}
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
     names["max_new_tokens"] = "max_tokens"
-    return {ours: generation[theirs] for theirs, ours in names.items() if generation.get(theirs) is not None}
+    found = {ours: generation[theirs] for theirs, ours in names.items() if generation.get(theirs) is not None}
+    return found | {"temperature": 0.0} if generation.get("do_sample") is False else found
 
 
 def claim_device_memory(fraction: float) -> None:
