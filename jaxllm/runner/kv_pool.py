@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxllm.models.interface import KVPages, LayerKV, Network
+from jaxllm.models.interface import Network
 
 CPU_KV_BYTES = 512 * 2**20  # the default budget where memory is not the scarce thing
 
@@ -21,12 +21,6 @@ def page_bytes(network: Network, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes of one page, over all layers, K and V."""
     shapes = network.kv_shapes(1, page_size)
     return sum(math.prod(shape) for pair in shapes for shape in pair) * jnp.dtype(dtype).itemsize
-
-
-def allocate(network: Network, num_pages: int, page_size: int, dtype: jnp.dtype) -> KVPages:
-    """Zeroed pages of all layers."""
-    shapes = network.kv_shapes(num_pages, page_size)
-    return tuple(LayerKV(jnp.zeros(k, dtype), jnp.zeros(v, dtype)) for k, v in shapes)
 
 
 def pages_in(budget: int, bytes_a_page: int) -> int:

@@ -1,5 +1,6 @@
 """ModelRunner: the executor that runs plans on the device. It knows nothing of text, queues or policies."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.models.interface import Network, Params
+from jaxllm.models.interface import KVPages, LayerKV, Network, Params
 from jaxllm.runner import kv_pool
 from jaxllm.runner.executables import Executables, use_persistent_cache
 from jaxllm.runner.inputs import DeviceState, InputLayout, page_table_entries
@@ -52,9 +53,10 @@ class ModelRunner:
     Args:
       network, params: the model.
       config: the engine's configuration, resolved (no field left open).
+      shrink_model_len: lower max_model_len to what the KV pages hold, rather than refuse.
     """
 
-    def __init__(self, network: Network, params: Params, config: EngineConfig) -> None:
+    def __init__(self, network: Network, params: Params, config: EngineConfig, shrink_model_len: bool = False) -> None:
         if not config.enforce_eager:
             use_persistent_cache()
         self.network, self.params, self.config = network, params, config
@@ -67,11 +69,13 @@ class ModelRunner:
         self._kv_dtype = network.dtype
         self._page_bytes = kv_pool.page_bytes(network, config.block_size, self._kv_dtype)
         self.num_pages = self._count_pages()
-        kv_pool.check_holds_one_sequence(self.num_pages, config.block_size, config.max_model_len, self._page_bytes)
+        if shrink_model_len:
+            self._shrink_model_len()
+        kv_pool.check_holds_one_sequence(self.num_pages, config.block_size, self.config.max_model_len, self._page_bytes)
         self.executables = Executables(self._lower)
-        self.reset()
-        if not config.enforce_eager:
+        if not config.enforce_eager:  # before the KV pages: tuning a matrix product takes memory of its own
             self._warm_up()
+        self.reset()
 
     @property
     def kv_bytes(self) -> int:
@@ -79,11 +83,10 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Fresh KV pages and device state: at the start, and after a failed step has taken the donated ones with it."""
-        self._kv = kv_pool.allocate(self.network, self.num_pages, self.config.block_size, self._kv_dtype)
-        self._state = DeviceState(
-            jnp.zeros((self.config.max_num_seqs, self.max_pages), jnp.int32),
-            jnp.zeros(self.config.max_num_seqs, jnp.int32),
-        )
+        self._kv = self._state = None  # first, or there would be two
+        kv, state = self._abstract_state(self.num_pages)
+        self._kv = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kv)
+        self._state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
 
     def submit(self, plan: StepPlan) -> RunnerPending:
         """Hands a plan to the device and returns without waiting for it."""
@@ -117,18 +120,27 @@ class ModelRunner:
     def _layout(self, shape: StepShape) -> InputLayout:
         return InputLayout(shape, self.config.block_size, self.config.max_num_seqs, self.max_pages)
 
+    def _abstract_state(self, num_pages: int) -> tuple[KVPages, DeviceState]:
+        """What a step is given and returns, as shapes."""
+        seqs, kv_shapes = self.config.max_num_seqs, self.network.kv_shapes(num_pages, self.config.block_size)
+        kv = tuple(LayerKV(*(jax.ShapeDtypeStruct(shape, self._kv_dtype) for shape in pair)) for pair in kv_shapes)
+        table = jax.ShapeDtypeStruct((seqs, self.max_pages), jnp.int32)
+        return kv, DeviceState(table, jax.ShapeDtypeStruct((seqs,), jnp.int32))
+
     def _lower(self, key: StepShape | str) -> jax.stages.Lowered:
         if key == _WRITE_TABLE:
             entries = jax.ShapeDtypeStruct((_TABLE_ENTRIES, 2), jnp.int32)
-            return jax.jit(write_page_table, donate_argnums=0).lower(_abstract(self._state), entries)
-        return self._lower_step(key, _abstract(self._kv), _abstract(self._state))
+            return jax.jit(write_page_table, donate_argnums=0).lower(self._abstract_state(1)[1], entries)
+        return self._lower_step(key, self.num_pages)
 
-    def _lower_step(self, shape: StepShape, kv, state) -> jax.stages.Lowered:
+    def _lower_step(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
+        kv, state = self._abstract_state(num_pages)
         layout = self._layout(shape)
         step = make_step(self.network, layout, self.config.max_logprobs)
         step.__name__ = f"{'decode' if shape.decode_only else 'mixed'}_{shape.num_tokens}"
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        return jax.jit(step, donate_argnums=(1, 2)).lower(_abstract(self.params), kv, state, packed)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
+        return jax.jit(step, donate_argnums=(1, 2)).lower(params, kv, state, packed)
 
     def _warm_up(self) -> None:
         keys = [*self.ladder.all, _WRITE_TABLE]
@@ -145,12 +157,21 @@ class ModelRunner:
             return kv_pool.pages_in(kv_pool.CPU_KV_BYTES, self._page_bytes)
         return self._measure_pages()
 
+    def _shrink_model_len(self) -> None:
+        held = self.num_pages * self.config.block_size
+        if 0 < held < self.config.max_model_len:
+            logger.warning(
+                "max_model_len lowered from %d to %d, which is what the KV cache holds", self.config.max_model_len, held
+            )
+            self.config = dataclasses.replace(self.config, max_model_len=held)
+            self.max_pages = self.num_pages
+
     def _measure_pages(self) -> int:
         """Pages that fit beside the weights and the largest step's working memory; one such step is run to measure."""
         shape = self.ladder.mixed[-1]
         self.num_pages = self.max_pages
         self.reset()
-        program = self._lower_step(shape, _abstract(self._kv), _abstract(self._state)).compile()
+        program = self._lower_step(shape, self.num_pages).compile()
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
         self._kv, self._state, outputs = program(self.params, self._kv, self._state, idle)
         jax.block_until_ready(outputs)
@@ -158,7 +179,8 @@ class ModelRunner:
         step_bytes = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         self._kv = self._state = None
         limit, in_use, _ = kv_pool.device_memory(_device_of(self.params))
-        pages = kv_pool.pages_in(limit - in_use - step_bytes, self._page_bytes)
+        spare = limit // 64  # for fragments, and for what the libraries allocate as they go
+        pages = kv_pool.pages_in(limit - in_use - step_bytes - spare, self._page_bytes)
         logger.info(
             "device memory for the engine: %.2f GiB; weights %.2f, largest step %.2f, KV %.2f = %d pages",
             *(size / 2**30 for size in (limit, in_use, step_bytes, pages * self._page_bytes)), pages,
@@ -168,7 +190,3 @@ class ModelRunner:
 
 def _device_of(params: Params) -> jax.Device:
     return next(iter(jax.tree.leaves(params)[0].devices()))
-
-
-def _abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -199,3 +199,13 @@ def test_priority_decides_who_goes_first():
     outputs = llm.generate([[1], [2], [3]], greedy(2), use_tqdm=False, priority=[3, 1, 2])
     finished = [output.metrics.finished_time for output in outputs]
     assert finished[1] < finished[2] < finished[0]
+
+
+def test_a_model_longer_than_the_kv_cache_is_shortened_unless_the_length_was_asked_for(caplog):
+    llm = make_sum_llm(max_model_len=None, num_gpu_blocks_override=4)
+    assert llm.llm_engine.config.max_model_len == 64 and "max_model_len lowered" in caplog.text
+    assert answers(llm, [1] * 60, greedy(10)) == [continuation([1] * 60, 4)]
+    with pytest.raises(
+        RuntimeError, match=r"max_model_len=65 tokens needs 5 KV pages .* lower max_model_len to at most 64"
+    ):
+        make_sum_llm(max_model_len=65, num_gpu_blocks_override=4)
