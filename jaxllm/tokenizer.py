@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
+_MAX_PENDING = 8  # tokens without a complete character, after which the first of them are taken for none
 PRIMING_TOKENS = 6  # prompt tokens that the detokenizer sees first, since a token's text can depend on the one before
 
 
@@ -18,6 +19,8 @@ class Tokenizer:
     def __init__(self, hf: Any) -> None:
         self.hf = hf
         self._backend = getattr(hf, "backend_tokenizer", None) or getattr(hf, "_tokenizer", None)
+        added = self._backend.get_added_tokens_decoder() if self._backend is not None else {}
+        self._special_ids = frozenset(token for token, one in added.items() if one.special)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Tokenizer:
@@ -55,7 +58,9 @@ class Tokenizer:
     def stream(self, prompt_token_ids: list[int], skip_special_tokens: bool) -> TextStream:
         """A detokenizer for what follows this prompt."""
         if self._backend is not None:
-            return _BackendStream(self._backend, prompt_token_ids, skip_special_tokens)
+            return _BackendStream(
+                self._backend, prompt_token_ids, self._special_ids if skip_special_tokens else frozenset()
+            )
         return _PrefixStream(self.hf, prompt_token_ids, skip_special_tokens)
 
 
@@ -68,16 +73,19 @@ class TextStream(Protocol):
 class _BackendStream:
     """By the tokenizers library's own incremental decoder: O(1) a token."""
 
-    def __init__(self, backend: Any, prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
+    def __init__(self, backend: Any, prompt_token_ids: list[int], skipped: frozenset[int]) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._backend = backend
-        self._new_stream = lambda: DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._skipped = skipped  # left to the library, they would pile up in it until the next text
+        self._new_stream = lambda: DecodeStream(skip_special_tokens=bool(skipped))
         self._stream = self._new_stream()
         for token in prompt_token_ids[-PRIMING_TOKENS:]:
             self.add(token)
 
     def add(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
         try:
             return self._stream.step(self._backend, token_id) or ""
         except Exception as error:  # the library has no class of its own for it
@@ -99,8 +107,11 @@ class _PrefixStream:
     def add(self, token_id: int) -> str:
         self._window.append(token_id)
         before, now = self._decode(self._window[: self._read]), self._decode(self._window)
+        start, end = max(self._read - 1, 0), len(self._window)  # one token of context is enough
         if now.endswith("\ufffd") or len(now) <= len(before):
-            return ""
-        self._window = self._window[max(self._read - 1, 0) :]  # one token of context is enough
-        self._read = len(self._window)
+            if end - self._read < _MAX_PENDING:
+                return ""
+            end -= 3  # of an incomplete character there are three bytes at most
+            now = self._decode(self._window[:end])
+        self._window, self._read = self._window[start:], end - start
         return now[len(before) :]
