@@ -115,7 +115,7 @@ def run_generate(args: argparse.Namespace) -> int:
     prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
-    llm = LLM(**engine_args(args))
+    llm = LLM(**(_few_sequences(len(prompts) * (args.n or 1)) | engine_args(args)))
     params = sampling_params(args, _longer(llm.get_default_sampling_params()))
     if args.no_stream or len(prompts) > 1 or params.n > 1:
         for output in llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()):
@@ -131,7 +131,7 @@ def run_generate(args: argparse.Namespace) -> int:
 def run_chat(args: argparse.Namespace) -> int:
     from jaxllm.llm import LLM
 
-    llm = LLM(**engine_args(args))
+    llm = LLM(**(_few_sequences(1) | engine_args(args)))
     tokenizer = llm.llm_engine.tokenizer
     if tokenizer is None:
         raise ValueError("chat needs a tokenizer")
@@ -163,6 +163,11 @@ def _print_stream(llm: Any, prompt: str, params: SamplingParams) -> str:
     except KeyboardInterrupt:
         print(" [interrupted]", end="")
     return printed
+
+
+def _few_sequences(count: int) -> dict[str, int]:
+    """Engine fields for so many sequences: the shapes of larger batches need not be compiled."""
+    return {"max_num_seqs": count} if count <= 8 else {}
 
 
 def _longer(defaults: SamplingParams) -> SamplingParams:
