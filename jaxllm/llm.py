@@ -107,7 +107,7 @@ class LLM:
         return ids
 
     def _prepare(self, prompts: Any, params: Any) -> list[PreparedRequest]:
-        prompts = as_prompts(prompts)
+        prompts = self.llm_engine.tokenize(as_prompts(prompts))
         if params is None:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams | Mapping):

@@ -43,6 +43,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.hf.encode(text)
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for many texts at once, which the tokenizers library does in parallel."""
+        return self.hf(texts)["input_ids"] if texts else []
+
     def token_text(self, token_id: int) -> str:
         """The text of one token, special ones included."""
         return self.hf.decode([token_id])
