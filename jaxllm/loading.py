@@ -143,7 +143,7 @@ def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, par
         check_params(network, params)
         return jax.device_put(params)
     if config.load_format == "dummy" or checkpoint.folder is None:
-        return jax.jit(network.init)(jax.random.key(config.seed))
+        return network.init(jax.random.key(config.seed))  # jitted as a whole it would compile for a minute
     return load_params(network, checkpoint.folder, progress=config.use_tqdm_on_load)
 
 
