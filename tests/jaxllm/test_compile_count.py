@@ -1,4 +1,4 @@
-"""After warm-up nothing is ever compiled, whatever the workload: the regression test of serving speed that needs no GPU.
+"""After warm-up nothing is ever compiled, whatever the workload: a test of serving speed that needs no GPU.
 
 JAX itself is asked, so that a stray operation outside of the step's programs counts as well."""
 
