@@ -1,12 +1,20 @@
 """ragged_prefill: causal attention of many rows' new tokens, flat, over each row's pages."""
 
+from functools import partial
+
 import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import check_attention
-from pallas_kernels.ragged_prefill import reference
+from pallas_kernels.ragged_prefill import mosaic_gpu, reference
 
-_IMPLEMENTATIONS = {"reference": dispatch.Implementation(reference.ragged_prefill)}
+_IMPLEMENTATIONS = {
+    "mosaic_gpu": dispatch.Implementation(mosaic_gpu.ragged_prefill, mosaic_gpu.supported, platforms=("gpu",)),
+    "interpret": dispatch.Implementation(
+        partial(mosaic_gpu.ragged_prefill, interpret=True), partial(mosaic_gpu.supported, interpret=True), platforms=()
+    ),
+    "reference": dispatch.Implementation(reference.ragged_prefill),
+}
 
 
 def ragged_prefill(

@@ -1,0 +1,109 @@
+"""The Hopper kernel of ragged_prefill in Pallas's GPU interpreter, against dense attention; and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import mosaic
+from pallas_kernels.ragged_prefill import mosaic_gpu as kernel
+from tests.pallas_kernels.dense import attend, random_pages
+
+missing = mosaic.unsupported(interpret=True)
+interpreted = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+# New tokens and KV lengths of each row. The first row starts at token 3: tiles start and end anywhere.
+SHORT = [(5, 5), (0, 40), (1, 70), (9, 33)]
+LONG = [(150, 150), (70, 135)]
+CASES = {
+    "rows of all kinds": dict(rows=SHORT, N=2, K=1, H=64, page_size=16),
+    "several tiles": dict(rows=LONG, N=1, K=1, H=64, page_size=32),
+    "grouped heads, narrow, float16": dict(rows=SHORT, N=6, K=2, H=32, page_size=64, dtype="float16"),
+    "wide heads": dict(rows=[(20, 90)], N=1, K=1, H=256, page_size=16),
+    "few tokens": dict(rows=[(1, 3), (2, 2)], N=1, K=1, H=96, page_size=16, before=0, after=0),
+    "no rows in use": dict(rows=[(0, 0), (0, 0)], N=1, K=1, H=64, page_size=16),
+    "one warpgroup after the other": dict(
+        rows=SHORT, N=1, K=1, H=64, page_size=16, take_turns=False, heavy_first=False
+    ),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_against_dense(case):
+    check(**case)
+
+
+@interpreted
+@pytest.mark.slow
+def test_long_rows_in_wide_steps():
+    check(rows=[(128, 128), (200, 461)], N=2, K=1, H=128, page_size=16, block_kv=128)
+
+
+def check(rows, N, K, H, page_size, before=3, after=6, dtype="bfloat16", **config):
+    rng = np.random.default_rng(0)
+    new, kv_lens = zip(*rows, strict=True)
+    width = -(-max(*kv_lens, 1) // page_size)
+    paged = random_pages(
+        rng, kv_lens, width=width, num_pages=width * len(rows), K=K, H=H, page_size=page_size, dtype=dtype
+    )
+    starts = before + np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+    q = jnp.asarray(rng.normal(size=(int(starts[-1]) + after, N, H)), dtype)
+    out = kernel.ragged_prefill(
+        q, paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens, jnp.asarray(starts), scale=0.2,
+        config=kernel.Config(**{"block_kv": 64, **config}), interpret=True,
+    )  # fmt: skip
+    expected = np.zeros(q.shape)
+    for row, (count, length) in enumerate(rows):
+        for i in range(count):
+            seen, token = length - count + i + 1, starts[row] + i
+            query = np.asarray(q[token], np.float64)
+            expected[token] = attend(query, paged.keys[row][:seen], paged.values[row][:seen], 0.2)
+    assert out.dtype == q.dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("heavy_first", [False, True])
+def test_every_token_is_in_one_tile(heavy_first):
+    rng = np.random.default_rng(1)
+    cut = jax.jit(kernel.cut_into_tiles, static_argnums=(2, 3))
+    for _ in range(30):
+        counts = rng.choice([0, 0, 1, 7, 8, 127, 128, 129, 300], size=6)
+        starts = np.cumsum([rng.integers(0, 20), *counts])
+        kv_lens = np.where(counts > 0, counts + rng.choice([0, 5, 500], size=6), 0)
+        tiles = jax.tree.map(np.asarray, cut(starts, kv_lens, 2048, heavy_first))
+        owner = np.full(2048, -1)
+        for row, first, lo, hi, offset, kv_len in zip(*tiles, strict=True):
+            assert first % 8 == 0 and (lo == hi or first <= lo < hi <= first + 128)
+            assert (owner[lo:hi] == -1).all()
+            owner[lo:hi] = row
+            if lo < hi and kv_len == 0:
+                assert hi + offset <= 0 and (hi <= starts[0] or lo >= starts[-1])
+            elif lo < hi:
+                assert starts[row] <= lo and hi <= starts[row + 1] and kv_len == kv_lens[row]
+                assert lo + offset == kv_len - counts[row] + lo - starts[row]
+        assert (owner >= 0).all()
+        keys = np.maximum(tiles.hi + tiles.offset, 0)[tiles.lo < tiles.hi]
+        assert not heavy_first or (np.diff(keys) <= 0).all()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(), None),
+        (dict(dtype="float32"), "bfloat16 or float16"),
+        (dict(H=40), "head dim that is a multiple of 32 up to 256, got 40"),
+        (dict(page_size=4), "page size that is a multiple of 8 and divides 128, got 4"),
+        (dict(scale=-1.0), "a positive scale"),
+        (dict(config=kernel.Config(block_kv=128, stages=4)), "shared memory"),
+    ],
+)
+def test_supported(change, reason):
+    case = dict(H=128, page_size=16, dtype="bfloat16", scale=0.1, config=None) | change
+    q = jax.ShapeDtypeStruct((8, 4, case["H"]), case["dtype"])
+    pages = jax.ShapeDtypeStruct((3, 2, case["page_size"], case["H"]), case["dtype"])
+    said = kernel.supported(
+        q, pages, pages, None, None, None, scale=case["scale"], config=case["config"], interpret=True
+    )
+    assert said is None if reason is None else reason in said
