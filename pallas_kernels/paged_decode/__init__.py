@@ -4,9 +4,12 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import check_attention
-from pallas_kernels.paged_decode import reference
+from pallas_kernels.paged_decode import mosaic_gpu, reference
 
-_IMPLEMENTATIONS = {"reference": dispatch.Implementation(reference.paged_decode)}
+_IMPLEMENTATIONS = {
+    "mosaic_gpu": dispatch.Implementation(mosaic_gpu.paged_decode, mosaic_gpu.supported, ("gpu",)),
+    "reference": dispatch.Implementation(reference.paged_decode),
+}
 
 
 def paged_decode(
