@@ -51,6 +51,9 @@ class EngineConfig:
     enable_chunked_prefill: bool = option(True, "let a long prompt be computed over several steps")
     long_prefill_token_threshold: int = option(0, "most tokens of one prompt in one step; 0: no limit of its own")
     scheduling_policy: Any = option("fcfs", "fcfs, priority, or a Policy object")
+    num_scheduler_steps: int = option(
+        16, "most decode steps per scheduling step; fewer while they are long or some wait"
+    )
     async_scheduling: bool = option(True, "schedule a step while the one before it runs")
     enforce_eager: bool = option(False, "compile each shape when it is first met, not all at start-up")
     max_logprobs: int = option(20, "most log probabilities that a request may ask for per token")
@@ -95,6 +98,7 @@ _POSITIVE = (
     "block_size",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "num_scheduler_steps",
 )
 
 

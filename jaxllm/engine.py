@@ -98,7 +98,13 @@ class LLMEngine:
             ),
             make_policy(config.scheduling_policy),
         )
-        self._loop = EngineLoop(self.scheduler, runner, time.monotonic, ahead=int(config.async_scheduling))
+        self._loop = EngineLoop(
+            self.scheduler,
+            runner,
+            time.monotonic,
+            ahead=int(config.async_scheduling),
+            max_steps=config.num_scheduler_steps,
+        )
         self._groups: dict[str, _Group] = {}
         self._of_request: dict[str, tuple[_Group, Sequence]] = {}
         self._num_watched = 0  # sequences that need a look after every step
@@ -199,9 +205,9 @@ class LLMEngine:
     def _outputs(self, output: StepOutput, result: RunnerResult) -> list[RequestOutput]:
         touched: dict[str, _Group] = {}
         if self._num_watched:
-            for request, token, row in zip(output.requests, output.tokens, output.rows.tolist(), strict=True):
+            for request, tokens, row in zip(output.requests, output.tokens, output.rows.tolist(), strict=True):
                 group, sequence = self._of_request[request.id]
-                self._watch(group, sequence, token, row, result)
+                self._watch(sequence, tokens, row, result)
                 if group.streaming or group.finished:
                     touched[group.request_id] = group
         for request in output.finished:
@@ -210,9 +216,10 @@ class LLMEngine:
                 touched[group.request_id] = group
         return [self._hand_out(group) for group in touched.values()]
 
-    def _watch(self, group: _Group, sequence: Sequence, token: int, row: int, result: RunnerResult) -> None:
+    def _watch(self, sequence: Sequence, tokens: list[int], row: int, result: RunnerResult) -> None:
         if sequence.logprobs is not None:
-            sequence.add_logprobs(token, row, result.logprobs)
+            for token, logprobs in zip(tokens, result.logprobs, strict=False):
+                sequence.add_logprobs(token, row, logprobs)
         if sequence.watches and sequence.catch_up():
             request = sequence.request
             if request.finish_reason is None:

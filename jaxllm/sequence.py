@@ -32,7 +32,6 @@ class Sequence:
         self.text = ""
         self.stop_string: str | None = None
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        self.cumulative_logprob = 0.0
 
     @property
     def watches(self) -> bool:
@@ -73,6 +72,10 @@ class Sequence:
         ]
         if not found:
             return False
+        # Of several tokens that came at once, those after the stop string are not part of the answer.
+        del self.request.output_token_ids[self._read :]
+        if self.logprobs is not None:
+            del self.logprobs[self._read :]
         at, self.stop_string = min(found, key=lambda pair: pair[0])
         self.text = self.text[: at + len(self.stop_string) * self.params.include_stop_str_in_output]
         return True
@@ -81,7 +84,6 @@ class Sequence:
         """Takes in a token's log probabilities from a step's (sampler.Logprobs of NumPy arrays)."""
         assert self.logprobs is not None and self.params.logprobs is not None
         value = float(logprobs.token[row])
-        self.cumulative_logprob += value
         entry = {token: self._logprob(token, value, int(logprobs.rank[row]))}
         for rank in range(min(self.params.logprobs, logprobs.top_ids.shape[1])):
             top = int(logprobs.top_ids[row, rank])
@@ -105,11 +107,17 @@ class Sequence:
             index=self.index,
             text=text,
             token_ids=list(request.output_token_ids),
-            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            cumulative_logprob=self._cumulative_logprob(),
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=request.finish_reason.value if request.finish_reason is not None else None,
             stop_reason=self._stop_reason(),
         )
+
+    def _cumulative_logprob(self) -> float | None:
+        if self.logprobs is None:
+            return None
+        tokens = self.request.output_token_ids
+        return sum(entry[token].logprob for token, entry in zip(tokens, self.logprobs, strict=True))
 
     def _stop_reason(self) -> int | str | None:
         if self.stop_string is not None:

@@ -50,8 +50,11 @@ class InputLayout:
 
     @property
     def num_updates(self) -> int:
-        """Page-table entries that one step carries: as many as rows may need for new tokens. More go ahead of it."""
-        return self.shape.num_rows + self.shape.num_tokens // self.page_size
+        """Page-table entries that one step carries: what rows may need for new tokens, and for some decode steps more.
+
+        Where there are more, the others go ahead of the step.
+        """
+        return 2 * self.shape.num_rows + self.shape.num_tokens // self.page_size
 
     @property
     def row_width(self) -> int:

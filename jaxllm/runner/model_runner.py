@@ -14,7 +14,7 @@ from jaxllm.models.interface import KVPages, LayerKV, Network, Params
 from jaxllm.runner import kv_pool
 from jaxllm.runner.executables import Executables, use_persistent_cache
 from jaxllm.runner.inputs import DeviceState, InputLayout, page_table_entries
-from jaxllm.runner.sampler import SamplingTable
+from jaxllm.runner.sampler import Logprobs, SamplingTable
 from jaxllm.runner.shapes import ShapeLadder, StepShape
 from jaxllm.runner.step import StepOutputs, make_step, write_page_table
 from jaxllm.scheduling import StepPlan
@@ -25,26 +25,37 @@ _TABLE_ENTRIES = 1024  # page-table entries that one call of write_page_table ta
 _WRITE_TABLE = "page table"  # its key among the executables
 
 
-@dataclass
 class RunnerResult:
-    """A finished step's outputs on the host; log probabilities are fetched only when somebody looks."""
+    """A finished plan's outputs on the host; log probabilities are fetched only when somebody looks."""
 
-    tokens: np.ndarray  # i32[S]
-    _outputs: StepOutputs
+    def __init__(self, outputs: list[StepOutputs], num_rows: int) -> None:
+        self._outputs = outputs
+        self._num_rows = num_rows
 
     @cached_property
-    def logprobs(self):
-        """sampler.Logprobs as NumPy arrays."""
-        return jax.tree.map(np.asarray, self._outputs.logprobs)
+    def tokens(self) -> np.ndarray:
+        """i32[num_steps, S]; -1 where a row took no part in a step. Waits for the device."""
+        tokens = np.full((len(self._outputs), self._num_rows), -1, np.int32)
+        for step, outputs in enumerate(self._outputs):
+            values = np.asarray(outputs.tokens)[: self._num_rows]
+            tokens[step, : len(values)] = values
+        return tokens
+
+    @cached_property
+    def logprobs(self) -> list[Logprobs]:
+        """One sampler.Logprobs a step, of NumPy arrays."""
+        return [jax.tree.map(np.asarray, outputs.logprobs) for outputs in self._outputs]
 
 
 @dataclass
 class RunnerPending:
-    outputs: StepOutputs
+    outputs: list[StepOutputs]
     num_rows: int
 
     def result(self) -> RunnerResult:
-        return RunnerResult(np.asarray(self.outputs.tokens)[: self.num_rows], self.outputs)
+        result = RunnerResult(self.outputs, self.num_rows)
+        _ = result.tokens  # an error of the device's belongs here
+        return result
 
 
 class ModelRunner:
@@ -90,14 +101,19 @@ class ModelRunner:
 
     def submit(self, plan: StepPlan) -> RunnerPending:
         """Hands a plan to the device and returns without waiting for it."""
+        self._meet_new_requests(plan)
+        outputs = [self._submit_step(step) for step in plan.single_steps()]
+        for one in outputs:
+            one.tokens.copy_to_host_async()
+        return RunnerPending(outputs, len(plan.slots))
+
+    def _submit_step(self, plan: StepPlan) -> StepOutputs:
         shape = self.ladder.fit(len(plan.tokens), len(plan.slots), plan.num_decodes == len(plan.slots))
         layout = self._layout(shape)
-        self._meet_new_requests(plan)
         updates = self._send_surplus(page_table_entries(plan, self.max_pages), layout.num_updates)
         packed = layout.pack(plan, self.sampling, updates)
         self._kv, self._state, outputs = self.executables[shape](self.params, self._kv, self._state, packed)
-        outputs.tokens.copy_to_host_async()
-        return RunnerPending(outputs, len(plan.slots))
+        return outputs
 
     def _meet_new_requests(self, plan: StepPlan) -> None:
         """Notes the sampling parameters of requests that have just come into their slots."""

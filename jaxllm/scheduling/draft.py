@@ -21,9 +21,10 @@ class Draft:
     num_tokens: slot -> tokens to compute, in the order in which they were planned.
     considered: ids of the requests that had their turn in this step.
     preempted: those that lost their pages in this step; they are not admitted again in it.
-    residents_done: whether the residents have had their turn.
+    residents_done: whether the residents have had their turn; at_once: whether in one go.
     may_unplan: whether a request already planned may still be preempted. Not once others may have found its pages in
       the prefix cache.
+    num_steps: how many decode steps in a row; more than 1 only if nothing but decode rows is planned.
     ignore_protection: whether requests that were preempted too often may be preempted all the same.
     """
 
@@ -34,8 +35,10 @@ class Draft:
     considered: set[str] = field(default_factory=set)
     preempted: list[Request] = field(default_factory=list)
     residents_done: bool = False
+    at_once: bool = False
     may_unplan: bool = False
     ignore_protection: bool = False
+    num_steps: int = 1
 
     @classmethod
     def of(cls, budget: Budget, max_tokens: int, threshold: int) -> Draft:
@@ -77,15 +80,15 @@ class Draft:
             self.prefill_left += count
 
     def finish(self, step: int, residents: Residents) -> StepPlan:
-        """The plan; marks the tokens that it will sample as in flight. Decode rows come first."""
+        """The plan; marks the tokens that it will sample as in flight. Decode rows come first, longest first."""
         r = residents
         slots = np.fromiter(self.num_tokens.keys(), np.int64, len(self.num_tokens))
         counts = np.fromiter(self.num_tokens.values(), np.int64, len(self.num_tokens))
-        samples = r.computed[slots] == r.total[slots]
-        decodes = samples & (counts == 1)
+        samples = r.computed[slots] >= r.total[slots]
+        decodes = samples & ((counts == 1) | (self.num_steps > 1))
         num_decodes = int(np.count_nonzero(decodes))
-        if num_decodes < len(slots):
-            rows = np.argsort(~decodes, kind="stable")
+        if num_decodes < len(slots) or self.num_steps > 1:
+            rows = np.argsort(np.where(decodes, -counts, 1), kind="stable")
             slots, counts, samples = slots[rows], counts[rows], samples[rows]
         requests = r.requests_of(slots)
         starts = r.computed[slots] - counts
@@ -94,9 +97,10 @@ class Draft:
         if num_decodes < len(slots):
             prefill = zip(requests[num_decodes:], starts[num_decodes:], counts[num_decodes:], strict=True)
             tokens = np.concatenate([tokens, *(q.tokens(int(s), int(s + n)) for q, s, n in prefill)], dtype=np.int32)
-        r.total[slots] += samples
-        r.pending[slots] += samples
+        sampled = np.where(samples, r.computed[slots] + 1 - r.total[slots], 0)
+        r.total[slots] += sampled
+        r.pending[slots] += sampled
         return StepPlan(
             step, slots, counts, starts, samples, num_decodes, tokens, r.take_page_updates(slots), requests,
-            r.generation[slots], [request.id for request in self.preempted],
+            r.generation[slots], [request.id for request in self.preempted], self.num_steps,
         )  # fmt: skip

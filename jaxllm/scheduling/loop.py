@@ -10,10 +10,12 @@ from jaxllm.scheduling.plan import StepOutput, StepPlan
 from jaxllm.scheduling.request import IntArray
 from jaxllm.scheduling.scheduler import Scheduler
 
+BURST_SECONDS = 0.005  # so long a row's tokens may be held back, and a newcomer kept waiting, for the sake of few plans
+
 
 class StepResult(Protocol):
     @property
-    def tokens(self) -> IntArray: ...  # i32[S]: the sampled token of each of the plan's rows
+    def tokens(self) -> IntArray: ...  # i32[S] or i32[num_steps, S]: the sampled tokens of the plan's rows
 
 
 ResultT_co = TypeVar("ResultT_co", bound=StepResult, covariant=True)
@@ -40,18 +42,26 @@ class EngineLoop(Generic[ResultT_co]):
     """
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor[ResultT_co], clock: Callable[[], float], ahead: int = 1
+        self,
+        scheduler: Scheduler,
+        executor: Executor[ResultT_co],
+        clock: Callable[[], float],
+        ahead: int = 1,
+        max_steps: int = 1,
     ) -> None:
-        self.scheduler, self.executor, self.clock, self.ahead = scheduler, executor, clock, ahead
+        self.scheduler, self.executor, self.clock = scheduler, executor, clock
+        self.ahead, self.max_steps = ahead, max_steps
         self._in_flight: deque[tuple[StepPlan, Pending[ResultT_co], float]] = deque()
+        self._seconds_per_step = float("inf")
+        self._last_result_at = float("-inf")
 
     @property
     def idle(self) -> bool:
         return not self._in_flight and not self.scheduler.has_unfinished
 
     def step(self) -> tuple[StepOutput, ResultT_co] | None:
-        """Submits the next step, and takes in the oldest result that is due; None if none was."""
-        plan = self.scheduler.schedule(self.clock())
+        """Submits the next plan, and takes in the oldest result that is due; None if none was."""
+        plan = self.scheduler.schedule(self.clock(), self._steps_in_a_burst())
         if plan:
             self._in_flight.append((plan, self.executor.submit(plan), self.clock()))
         if not self._in_flight or (plan and len(self._in_flight) <= self.ahead):
@@ -59,7 +69,15 @@ class EngineLoop(Generic[ResultT_co]):
         plan, pending, since = self._in_flight.popleft()
         result = pending.result()
         now = self.clock()
-        return self.scheduler.update(plan, result.tokens, now, now - since), result
+        seconds = now - max(since, self._last_result_at)
+        self._last_result_at = now
+        if plan.num_decodes == len(plan.slots):
+            self._seconds_per_step = seconds / plan.num_steps
+        return self.scheduler.update(plan, result.tokens, now, seconds), result
+
+    def _steps_in_a_burst(self) -> int:
+        """Where a decode step is shorter than the host's work for it, several are planned at once."""
+        return max(min(int(BURST_SECONDS / max(self._seconds_per_step, 1e-9)), self.max_steps), 1)
 
     def drop_in_flight(self) -> None:
         """Forgets the steps in flight, after the executor has failed."""

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from jaxllm.scheduling.draft import Draft
 from jaxllm.scheduling.kv_memory import KVMemory
@@ -33,6 +34,8 @@ from jaxllm.scheduling.view import SchedulerView
 from jaxllm.scheduling.waiting import WaitingQueue
 
 MAX_PREEMPTIONS = 8
+
+BoolArray = npt.NDArray[np.bool_]
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +136,15 @@ class Scheduler:
 
     # --- planning
 
-    def schedule(self, now: float) -> StepPlan:
-        """The next step's plan; an empty one if there is nothing to do before results of steps in flight are known."""
+    def schedule(self, now: float, max_steps: int = 1) -> StepPlan:
+        """The next step's plan; an empty one if there is nothing to do before results of steps in flight are known.
+
+        If nobody waits and all residents decode, the plan may be for up to `max_steps` steps in a row.
+        """
         self._step += 1
         view = SchedulerView(now, self._step, self._info, self.waiting, self.residents, self.memory)
         draft = self._draft(self.policy, view)
+        draft.num_steps = max_steps
         try:
             self._fill(draft, self.policy, view)
         except _PolicyFailed as failure:
@@ -148,6 +155,8 @@ class Scheduler:
             draft = replace(self._draft(self._fcfs, view), preempted=draft.preempted, ignore_protection=True)
             draft.considered.update(request.id for request in draft.preempted)
             self._fill(draft, self._fcfs, view)
+        if not draft.at_once:
+            draft.num_steps = 1
         plan = draft.finish(self._step, self.residents)
         for request in plan.requests[plan.num_decodes :]:
             if request.first_scheduled_at is None:
@@ -189,6 +198,7 @@ class Scheduler:
         """All residents, in admission order."""
         draft.residents_done = True
         if not draft.considered and self._run_all_at_once(draft):
+            draft.at_once = True
             return
         draft.may_unplan = not draft.num_tokens
         for request in self.residents.in_order():
@@ -203,15 +213,43 @@ class Scheduler:
         r, slots = self.residents, self.residents.order
         remaining = self._remaining(slots)
         counts = draft.sizes(remaining)
-        pages = np.maximum(-(-(r.computed[slots] + counts) // self.config.page_size) - r.num_pages[slots], 0)
-        if int(pages.sum()) > self.memory.pool.num_free:
+        several = self._several_steps(draft.num_steps, remaining, counts)
+        if several is not None and self._fits(slots, several):
+            counts, draft.num_steps = several, int(several.max())
+        elif self._fits(slots, counts):
+            draft.num_steps = 1
+        else:
             return False
-        self.memory.grow(slots, pages)
+        self.memory.grow(slots, self._pages_for(slots, counts))
         r.computed[slots] += counts
         runs = counts > 0
         draft.take_all(slots[runs], counts[runs], remaining[runs])
         self.memory.publish(slots[runs])
         return True
+
+    def _several_steps(self, num_steps: int, remaining: Ints, counts: Ints) -> Ints | None:
+        """Tokens for each resident if all decode for `num_steps` steps in a row; None if that cannot be."""
+        r, slots = self.residents, self.residents.order
+        decoding = remaining > 0
+        if (
+            num_steps == 1
+            or len(self.waiting)
+            or not decoding.any()
+            or (remaining > 1).any()
+            or (counts < remaining).any()
+        ):
+            return None
+        several: Ints = np.where(decoding, np.minimum(num_steps, r.limit[slots] - r.total[slots]), 0)
+        return several
+
+    def _pages_for(self, slots: Ints, counts: Ints) -> Ints:
+        """Pages that each slot lacks to compute `counts` more tokens."""
+        r = self.residents
+        lacking: Ints = np.maximum(-(-(r.computed[slots] + counts) // self.config.page_size) - r.num_pages[slots], 0)
+        return lacking
+
+    def _fits(self, slots: Ints, counts: Ints) -> bool:
+        return int(self._pages_for(slots, counts).sum()) <= self.memory.pool.num_free
 
     def _remaining(self, slots: Ints) -> Ints:
         """Tokens that each slot has to catch up with; 0 once its last token is in flight."""
@@ -322,53 +360,77 @@ class Scheduler:
     # --- results
 
     def update(self, plan: StepPlan, tokens: IntArray, now: float = 0.0, seconds: float = 0.0) -> StepOutput:
-        """Takes in a step's result: `tokens` i32[S], one a row of the plan, read only where the row samples.
+        """Takes in a plan's result: `tokens` i32[S] or i32[num_steps, S], read only where a row takes part and samples.
 
         A row whose request has ended meanwhile is ignored; one whose request was preempted meanwhile still counts: it
-        was computed from that request's own tokens.
+        was computed from that request's own tokens. Of several tokens those after a stop token are dropped.
         """
-        r = self.residents
+        r, tokens = self.residents, np.atleast_2d(tokens)
         here = r.generation[plan.slots] == plan.generations
         rows = np.flatnonzero(plan.samples & here)
-        slots, new = plan.slots[rows], tokens[rows]
-        r.pending[slots] -= 1
-        r.last_token[slots] = new
-        known = r.total[slots] - r.pending[slots]
-        stops = (new[:, None] == r.stop_ids[slots]).any(axis=1) & (known >= r.min_total[slots])
-        done = stops | (known >= r.limit[slots])
+        slots, new = plan.slots[rows], tokens[:, rows].T  # [rows, num_steps]
+        before = r.total[slots] - r.pending[slots]
+        planned = plan.num_tokens[rows] if plan.num_steps > 1 else np.ones(len(rows), np.int64)
+        counts, stopped = self._stops(slots, new, before, planned)
+        r.pending[slots] -= planned
+        r.last_token[slots] = new[np.arange(len(rows)), counts - 1]
+        done = stopped | (before + counts >= r.limit[slots])
         requests = plan.requests if len(rows) == len(plan.requests) else [plan.requests[row] for row in rows.tolist()]
-        values: list[int] = new.tolist()
+        values: list[list[int]] = new.tolist()
+        if plan.num_steps > 1:
+            values = [value[:count] for value, count in zip(values, counts.tolist(), strict=True)]
         for request, value in zip(requests, values, strict=True):
-            request.output_token_ids.append(value)
-        for i in np.flatnonzero(known == r.prompt_len[slots] + 1).tolist():
+            request.output_token_ids += value
+        for i in np.flatnonzero(before == r.prompt_len[slots]).tolist():
             requests[i].first_token_at = now
         self.memory.publish(slots[done])  # of those that go on, the next plan does it
         finished = [requests[i] for i in np.flatnonzero(done).tolist()]
-        for request, stopped in zip(finished, stops[done].tolist(), strict=True):
-            self._end(request, stopped, now)
+        for request, stop in zip(finished, stopped[done].tolist(), strict=True):
+            self._end(request, stop, now)
         self._forgive(requests)
-        late = [row for row in np.flatnonzero(plan.samples & ~here).tolist() if self._take_late(plan, row, tokens, now)]
-        late_requests = [plan.requests[row] for row in late]
-        finished += [request for request in late_requests if request.state is State.FINISHED]
-        rows = np.concatenate([rows, np.array(late, np.int64)])
-        output = StepOutput(requests + late_requests, values + [int(tokens[row]) for row in late], rows, finished)
+        late = [row for row in np.flatnonzero(plan.samples & ~here).tolist()]
+        output = self._with_late(StepOutput(requests, values, rows, finished), plan, late, tokens, now)
         if overrides(self.policy, "on_step"):
             self._report_step(plan, output, now, seconds)
         return output
 
-    def _take_late(self, plan: StepPlan, row: int, tokens: IntArray, now: float) -> bool:
-        """A token for a request that lost its slot after the step was planned; False if the request has ended."""
-        request, token = plan.requests[row], int(tokens[row])
-        if request.state is not State.WAITING:
-            return False
-        request.output_token_ids.append(token)
+    def _stops(self, slots: Ints, new: IntArray, before: Ints, planned: Ints) -> tuple[Ints, BoolArray]:
+        """How many of the new tokens [rows, num_steps] count, and whether the last of them is a stop token."""
+        r, index = self.residents, np.arange(new.shape[1])
+        stops = (new[:, :, None] == r.stop_ids[slots][:, None, :]).any(axis=2)
+        stops &= (before[:, None] + index + 1 >= r.min_total[slots][:, None]) & (index < planned[:, None])
+        stopped = stops.any(axis=1)
+        return np.where(stopped, stops.argmax(axis=1) + 1, planned), stopped
+
+    def _with_late(
+        self, output: StepOutput, plan: StepPlan, rows: list[int], tokens: IntArray, now: float
+    ) -> StepOutput:
+        """Adds the tokens of requests that lost their slot after the plan was made, unless they have ended."""
+        rows = [row for row in rows if plan.requests[row].state is State.WAITING]
+        if not rows:
+            return output
+        requests = [plan.requests[row] for row in rows]
+        taken = [self._take_late(plan, row, tokens[:, row].tolist(), now) for row in rows]
+        return StepOutput(
+            output.requests + requests,
+            output.tokens + taken,
+            np.concatenate([output.rows, np.array(rows, np.int64)]),
+            output.finished + [request for request in requests if request.state is State.FINISHED],
+        )
+
+    def _take_late(self, plan: StepPlan, row: int, tokens: list[int], now: float) -> list[int]:
+        request, taken = plan.requests[row], list[int]()
         request.preemptions_in_a_row = 0
         if request.first_token_at is None:
             request.first_token_at = now
-        stopped = token in request.stop_token_ids and request.generated >= request.min_new_tokens
-        if stopped or request.num_tokens >= self._limit(request):
-            self._end(request, stopped, now)
-        return True
+        for token in tokens[: int(plan.num_tokens[row])] if plan.num_steps > 1 else tokens:
+            request.output_token_ids.append(token)
+            taken.append(token)
+            stopped = token in request.stop_token_ids and request.generated >= request.min_new_tokens
+            if stopped or request.num_tokens >= self._limit(request):
+                self._end(request, stopped, now)
+                break
+        return taken
 
     def _forgive(self, requests: list[Request]) -> None:
         """A new token ends a row of preemptions (I6)."""
@@ -462,9 +524,9 @@ class Scheduler:
                 self._report_policy_error(error)
 
     def _report_step(self, plan: StepPlan, output: StepOutput, now: float, seconds: float) -> None:
-        new = {request.id for request in output.requests}
+        new = {request.id: len(tokens) for request, tokens in zip(output.requests, output.tokens, strict=True)}
         items = [
-            (request, int(n) if row >= plan.num_decodes else 0, int(request.id in new))
+            (request, int(n) if row >= plan.num_decodes else 0, new.get(request.id, 0))
             for row, (request, n) in enumerate(zip(plan.requests, plan.num_tokens, strict=True))
         ]
         view = SchedulerView(now, self._step, self._info, self.waiting, self.residents, self.memory)

@@ -26,12 +26,13 @@ def request(name, prompt, max_new_tokens=4, **fields) -> Request:
 class Run:
     """Drives a scheduler against a TokenDevice, `ahead` steps before the results are read (0 or 1)."""
 
-    def __init__(self, scheduler: Scheduler, ahead: int = 0) -> None:
+    def __init__(self, scheduler: Scheduler, ahead: int = 0, max_steps: int = 1) -> None:
         self.scheduler, self.device, self.ahead = scheduler, TokenDevice(scheduler.config), ahead
+        self.max_steps = max_steps
         self.in_flight, self.now, self.plans = [], 0.0, []
 
     def step(self):
-        plan = self.scheduler.schedule(self.now)
+        plan = self.scheduler.schedule(self.now, self.max_steps)
         self.scheduler.check()
         self.plans.append(str(plan).split(": ")[1])
         if plan:
@@ -164,6 +165,27 @@ def test_equal_tokens_after_different_beginnings_are_not_confused():
     run_all(Scheduler(config()), requests)
     for one, prompt in zip(requests, prompts, strict=True):
         assert one.output_token_ids == expected_output(prompt, 4)
+
+
+def test_several_decode_steps_in_a_row():
+    a, b = request("a", 3, 20), request("b", 3, 9)
+    scheduler = Scheduler(config())
+    for one in (a, b):
+        scheduler.add(one)
+    run = Run(scheduler, max_steps=4)
+    run.all()
+    # Four steps each; then b has none left to take and a goes on alone, until its own limit.
+    assert run.plans == ["a+3, b+3", "a+4, b+4", "a+4, b+4", "a+4", "a+4", "a+3"]
+    assert a.output_token_ids == expected_output([1, 2, 3], 20) and b.output_token_ids == expected_output([1, 2, 3], 9)
+
+
+def test_one_step_at_a_time_while_somebody_waits():
+    scheduler = Scheduler(config(max_num_seqs=1))
+    for name in "ab":
+        scheduler.add(request(name, 3, 3))
+    run = Run(scheduler, max_steps=4)
+    run.all()
+    assert run.plans == ["a+3", "a+1", "a+1", "b+3", "b+2"]
 
 
 def test_stop_token_and_min_new_tokens():
@@ -345,8 +367,10 @@ TEXTS = [[(i * k) % 7 + 1 for i in range(60)] for k in (1, 2, 3)]
     max_tokens=st.integers(1, 40),
     caching=st.booleans(),
     ahead=st.integers(0, 1),
+    max_steps=st.sampled_from([1, 1, 2, 7]),
+    stops=st.frozensets(st.integers(0, 10), max_size=2),
 )
-def test_invariants(workload, policy, num_pages, page_size, max_num_seqs, max_tokens, caching, ahead):
+def test_invariants(workload, policy, num_pages, page_size, max_num_seqs, max_tokens, caching, ahead, max_steps, stops):
     policy = RandomPolicy(policy) if isinstance(policy, int) else make_policy(policy)
     scheduler = Scheduler(
         config(
@@ -359,9 +383,10 @@ def test_invariants(workload, policy, num_pages, page_size, max_num_seqs, max_to
         ),
         policy,
     )
-    run, arrivals, aborts, requests = Run(scheduler, ahead), {}, {}, []
+    run, arrivals, aborts, requests = Run(scheduler, ahead, max_steps), {}, {}, []
     for i, (length, new, text, arrives, priority, aborted) in enumerate(workload):
-        arrivals.setdefault(arrives, []).append(request(f"r{i}", TEXTS[text][:length], new, priority=priority))
+        one = request(f"r{i}", TEXTS[text][:length], new, priority=priority, stop_token_ids=stops, min_new_tokens=i % 3)
+        arrivals.setdefault(arrives, []).append(one)
         if aborted is not None:
             aborts.setdefault(arrives + aborted, []).append(f"r{i}")
     steps = 0
@@ -375,7 +400,7 @@ def test_invariants(workload, policy, num_pages, page_size, max_num_seqs, max_to
         steps += 1
         assert steps < 5000, "no progress (I5, I6)"
     for one in requests:
-        expected = expected_output(one.prompt.tolist(), one.max_new_tokens)
+        expected = expected_output(one.prompt.tolist(), one.max_new_tokens, stops, one.min_new_tokens)
         if one.finish_reason is FinishReason.ABORT:
             assert one.output_token_ids == expected[: len(one.output_token_ids)]
         else:

@@ -30,29 +30,34 @@ class TokenDevice:
         self.last_token = np.full(config.max_num_seqs, -1)
 
     def execute(self, plan: StepPlan) -> np.ndarray:
+        """The plan's tokens: i32[S], or i32[num_steps, S]."""
+        entries = plan.page_updates[:, :2].tolist()
+        assert len({tuple(entry) for entry in entries}) == len(entries)
+        assert len(set(plan.slots.tolist())) == len(plan.slots) <= self.config.max_num_seqs
+        self.page_table[plan.page_updates[:, 0], plan.page_updates[:, 1]] = plan.page_updates[:, 2]
+        if plan.num_steps == 1:
+            return self._step(plan)
+        result = np.full((plan.num_steps, len(plan.slots)), -1, np.int32)
+        for step, single in enumerate(plan.single_steps()):
+            result[step, : len(single.slots)] = self._step(single)
+        return result
+
+    def _step(self, plan: StepPlan) -> np.ndarray:
         size = self.config.page_size
         assert 0 < plan.num_tokens.sum() <= self.config.max_num_batched_tokens and np.all(
             plan.num_tokens >= 1
         )  # I3, I4
-        assert len(set(plan.slots.tolist())) == len(plan.slots) <= self.config.max_num_seqs
-        entries = [tuple(entry) for entry in plan.page_updates[:, :2].tolist()]
-        assert len(set(entries)) == len(entries)
-        self.page_table[plan.page_updates[:, 0], plan.page_updates[:, 1]] = plan.page_updates[:, 2]
-        rows, read = [], 0
+        read = 0
         for slot, start, count in zip(plan.slots, plan.starts, plan.num_tokens, strict=True):
             tokens = plan.tokens[read : read + count]
             read += count
-            rows.append(np.where(tokens == IN_FLIGHT, self.last_token[slot], tokens))
-            positions = np.arange(start, start + count)
-            self.pages[self.page_table[slot, positions // size], positions % size] = rows[
-                -1
-            ]  # all writes, then all reads
-        result = np.zeros(len(plan.slots), np.int32)
+            positions = np.arange(start, start + count)  # all rows' writes come before any read
+            row = np.where(tokens == IN_FLIGHT, self.last_token[slot], tokens)
+            self.pages[self.page_table[slot, positions // size], positions % size] = row
+        result = np.full(len(plan.slots), -1, np.int32)
         for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.num_tokens, strict=True)):
             positions = np.arange(start + count)
             context = self.pages[self.page_table[slot, positions // size], positions % size]
             if plan.samples[row]:
                 result[row] = self.last_token[slot] = context.sum() % VOCABULARY
-            else:
-                result[row] = -1
         return result
