@@ -109,7 +109,13 @@ def check_logprobs(answer, expected):
     assert answer.cumulative_logprob == pytest.approx(total, abs=NUM_TOKENS * TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+QUICK = {"gqa", "biases", "rope_dynamic"}  # each variant takes ten seconds to compile
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+)
 def case(request, tmp_path_factory):
     return Case(tmp_path_factory.mktemp(request.param), **VARIANTS[request.param])
 
