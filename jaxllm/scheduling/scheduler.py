@@ -373,6 +373,7 @@ class Scheduler:
         planned = plan.num_tokens[rows] if plan.num_steps > 1 else np.ones(len(rows), np.int64)
         counts, stopped = self._stops(slots, new, before, planned)
         r.pending[slots] -= planned
+        r.total[slots] -= planned - counts  # what came after a stop token is no token of the request
         r.last_token[slots] = new[np.arange(len(rows)), counts - 1]
         done = stopped | (before + counts >= r.limit[slots])
         requests = plan.requests if len(rows) == len(plan.requests) else [plan.requests[row] for row in rows.tolist()]
