@@ -27,6 +27,8 @@ CONFIGS = [
     Config(stages=3),
     Config(take_turns=False),
     Config(heavy_first=False),
+    Config(blocks=1 << 20),
+    Config(blocks=1 << 20, stages=3),
     Config(block_kv=64, stages=4),
     Config(block_kv=64, stages=6),
 ]

@@ -1,8 +1,10 @@
 """ragged_prefill for Hopper in Pallas Mosaic GPU.
 
 After Shah et al., "FlashAttention-3" (2024): of three warpgroups one only fetches and two compute, taking turns at the
-tensor cores, so that one's softmax runs beside the other's products. A block computes one tile: up to 128 queries,
-one after the other in the flat q, of one row, for one query head. Every page of the row is one TMA copy.
+tensor cores, so that one's softmax runs beside the other's products. A job is one tile, up to 128 queries that lie one
+after the other in the flat q and belong to one row, for one query head. Every page of the row is one TMA copy. There is
+a block for each multiprocessor, and it does one job after the other: the next one's first keys and queries arrive while
+the last one's output leaves.
 
 What is particular to ragged and paged input:
 - A tile starts at a multiple of 8 tokens, as TMA wants it, so a row's first tile may begin with another row's queries
@@ -38,12 +40,14 @@ class Config:
       stages: steps whose keys and values are in shared memory at once.
       take_turns: whether the warpgroups that compute hand the tensor cores to each other.
       heavy_first: whether tiles run in the order of their numbers of keys, most first.
+      blocks: among how many the jobs are divided; None for as many as multiprocessors.
     """
 
     block_kv: int = 128
     stages: int = 2
     take_turns: bool = True
     heavy_first: bool = True
+    blocks: int | None = None
 
 
 class _Sizes(NamedTuple):
@@ -59,6 +63,7 @@ class _Sizes(NamedTuple):
     dtype: jnp.dtype
     scale: float
     config: Config
+    blocks: int
     interpret: bool
 
 
@@ -80,8 +85,8 @@ class _Tiles(NamedTuple):
     kv_len: jax.Array
 
 
-def cut_into_tiles(query_starts, kv_lens, num_tokens, heavy_first) -> _Tiles:
-    """The tiles of S rows, and of the tokens before the first and after the last of them."""
+def cut_into_tiles(query_starts, kv_lens, num_tokens, heavy_first) -> tuple[_Tiles, jax.Array]:
+    """The tiles of S rows and of the tokens before and after these; and how many are not empty, the first ones."""
     zero, end = jnp.zeros(1, jnp.int32), jnp.full(1, num_tokens, jnp.int32)
     starts = jnp.concatenate([zero, query_starts.astype(jnp.int32), end])
     begin, stop = starts[:-1], starts[1:]
@@ -106,7 +111,7 @@ def cut_into_tiles(query_starts, kv_lens, num_tokens, heavy_first) -> _Tiles:
         offset=offset[row],
         kv_len=kv_len[row],
     )
-    return _heaviest_first(tiles, exists) if heavy_first else tiles
+    return _heaviest_first(tiles, exists) if heavy_first else tiles, ends[-1]
 
 
 def _heaviest_first(tiles, exists):
@@ -128,12 +133,17 @@ class _Tile(NamedTuple):
     offset: jax.Array
     kv_len: jax.Array
 
+    def part(self, warpgroup):
+        """The tokens lo <= token < hi of a warpgroup's 64 that belong to the row; lo >= hi if none does."""
+        first = self.first + warpgroup * _ROWS
+        return jnp.maximum(self.lo, first), jnp.minimum(self.hi, first + _ROWS)
+
     def steps(self, block_kv):
         return lax.div(jnp.maximum(self.hi + self.offset, 0) + (block_kv - 1), jnp.int32(block_kv))
 
 
 class _Shared(NamedTuple):
-    """Shared memory of a block; the first index is the warpgroup or the slot. `out` may be where `q` was."""
+    """Shared memory of a block; the first index is the warpgroup or the slot. `out` may be where `q` is."""
 
     q: object
     out: object
@@ -149,75 +159,99 @@ class _Shared(NamedTuple):
     turn: object
 
 
-def _kernel(sizes: _Sizes, tiles_ref, table_ref, q_ref, k_ref, v_ref, out_ref, *scratch):
-    q_or_out, *scratch = scratch
-    shared = _Shared(*q_or_out, *scratch)
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    head = lax.rem(block, jnp.int32(sizes.N))  # the heads of a tile run together: they share keys and values
-    index = lax.div(block, jnp.int32(sizes.N))
-    tile = _Tile(*(tiles_ref[index, i] for i in range(6)))
+class _Jobs:
+    """What a block has to do: in rounds of one job a block, from the first block to the last and back again."""
 
-    @pl.when(tile.lo < tile.hi)
+    def __init__(self, sizes, tiles_ref, count_ref):
+        self.tiles_ref, self.sizes = tiles_ref, sizes
+        self.total = count_ref[0] * sizes.N
+        whole_rounds = lax.div(self.total, jnp.int32(sizes.blocks))
+        self.count = whole_rounds + jnp.where(self._index(whole_rounds) < self.total, 1, 0)
+
+    def _index(self, i):
+        block, blocks = lax.axis_index("block"), self.sizes.blocks
+        return i * blocks + jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, blocks - 1 - block)
+
+    def __getitem__(self, i):
+        """Job i's tile and head; the last one's again past the end."""
+        index = jnp.minimum(self._index(i), self.total - 1)
+        # The heads of a tile run together: they share keys and values.
+        tile, head = lax.div(index, jnp.int32(self.sizes.N)), lax.rem(index, jnp.int32(self.sizes.N))
+        return _Tile(*(self.tiles_ref[tile, i] for i in range(len(_Tile._fields)))), head
+
+
+def _kernel(sizes: _Sizes, tiles_ref, count_ref, table_ref, q_ref, k_ref, v_ref, out_ref, *scratch):
+    q_and_out, *scratch = scratch
+    shared = _Shared(*q_and_out, *scratch)
+    warpgroup = lax.axis_index("warpgroup")
+    jobs = _Jobs(sizes, tiles_ref, count_ref)
+
+    @pl.when(warpgroup < 2)
     def _():
-        @pl.when(warpgroup < 2)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-            _compute(sizes, tile, head, warpgroup, q_ref, out_ref, shared)
+        plgpu.set_max_registers(232, action="increase")
+        _compute(sizes, jobs, warpgroup, q_ref, out_ref, shared)
 
-        @pl.when(warpgroup == 2)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-            _fetch(sizes, tile, head, table_ref, k_ref, v_ref, shared)
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared)
 
 
 def _slot(sizes, step):
     return lax.rem(step, jnp.int32(sizes.config.stages))
 
 
-def _fetch(sizes, tile, head, table_ref, k_ref, v_ref, shared):
-    """Brings the row's pages, step by step, as slots become free."""
-    block_kv, stages = sizes.config.block_kv, sizes.config.stages
-    pages = block_kv // sizes.page_size
-    kv_head = lax.div(head, jnp.int32(sizes.N // sizes.K))
-    steps = tile.steps(block_kv)
+def _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared):
+    """Brings the pages of the jobs' rows, step by step, as slots become free."""
 
-    def fetch(step, has_tail):
-        slot = _slot(sizes, step)
-        # Read before the wait. Clipped: entries past the row's end may hold anything, and there may be none.
-        entries = [jnp.minimum(step * pages + i, sizes.W - 1) for i in range(pages)]
-        ids = [jnp.clip(table_ref[tile.row, entry], 0, sizes.P - 1) for entry in entries]
+    def fetch_job(i, done):
+        tile, head = jobs[i]
+        kv_head = lax.div(head, jnp.int32(sizes.N // sizes.K))
+        fetch = functools.partial(_fetch_step, sizes, tile, kv_head, done, table_ref, k_ref, v_ref, shared)
+        steps = tile.steps(sizes.config.block_kv)
+        has_tail = steps * sizes.config.block_kv > tile.kv_len
+        lax.fori_loop(0, steps - jnp.where(has_tail, 1, 0), lambda step, _: fetch(step, False), None)
+        pl.when(has_tail & (steps > 0))(lambda: fetch(steps - 1, True))
+        return done + steps
 
-        def copy(source, target, used, ready):
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(used.at[slot])
-
-            for i, page in enumerate(ids):
-                rows = pl.ds(i * sizes.page_size, sizes.page_size)
-                plgpu.copy_gmem_to_smem(source.at[page, kv_head], target.at[slot, rows], ready)
-
-        copy(k_ref, shared.k, shared.k_used, shared.k_ready.at[slot])
-        if not has_tail:
-            copy(v_ref, shared.v, shared.v_used, shared.v_ready.at[slot])
-            return
-        copy(v_ref, shared.v, shared.v_used, shared.v_fetched)
-        plgpu.barrier_wait(shared.v_fetched)
-        _zero_rows(shared.v.at[slot], tile.kv_len - step * block_kv, block_kv, sizes.H)
-        plgpu.commit_smem()
-        for _ in range(pages):
-            plgpu.barrier_arrive(shared.v_ready.at[slot])
-
-    has_tail = steps * block_kv > tile.kv_len
-    lax.fori_loop(0, steps - jnp.where(has_tail, 1, 0), lambda step, _: fetch(step, False), None)
-    pl.when(has_tail)(lambda: fetch(steps - 1, True))
-
-    # No arrival is left unobserved.
+    # Nothing is left unobserved.
     def drain(step, _):
         slot = _slot(sizes, step)
         plgpu.barrier_wait(shared.k_used.at[slot])
         plgpu.barrier_wait(shared.v_used.at[slot])
 
-    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, None)
+    done = lax.fori_loop(0, jobs.count, fetch_job, jnp.int32(0))
+    lax.fori_loop(jnp.maximum(done - sizes.config.stages, 0), done, drain, None)
+
+
+def _fetch_step(sizes, tile, kv_head, done, table_ref, k_ref, v_ref, shared, step, has_tail):
+    """Brings block_kv keys and values, `done` steps of other jobs before. A tail, past the row's end, becomes zeros."""
+    block_kv = sizes.config.block_kv
+    pages = block_kv // sizes.page_size
+    slot = _slot(sizes, done + step)
+    # Read before the wait. Clipped: entries past the row's end may hold anything, and there may be none.
+    entries = [jnp.minimum(step * pages + i, sizes.W - 1) for i in range(pages)]
+    ids = [jnp.clip(table_ref[tile.row, entry], 0, sizes.P - 1) for entry in entries]
+
+    def copy(source, target, used, ready):
+        @pl.when(done + step >= sizes.config.stages)
+        def _():
+            plgpu.barrier_wait(used.at[slot])
+
+        for i, page in enumerate(ids):
+            rows = pl.ds(i * sizes.page_size, sizes.page_size)
+            plgpu.copy_gmem_to_smem(source.at[page, kv_head], target.at[slot, rows], ready)
+
+    copy(k_ref, shared.k, shared.k_used, shared.k_ready.at[slot])
+    if not has_tail:
+        copy(v_ref, shared.v, shared.v_used, shared.v_ready.at[slot])
+        return
+    copy(v_ref, shared.v, shared.v_used, shared.v_fetched)
+    plgpu.barrier_wait(shared.v_fetched)
+    _zero_rows(shared.v.at[slot], tile.kv_len - step * block_kv, block_kv, sizes.H)
+    plgpu.commit_smem()
+    for _ in range(pages):
+        plgpu.barrier_arrive(shared.v_ready.at[slot])
 
 
 def _zero_rows(ref, start, num_rows, H):
@@ -234,21 +268,45 @@ def _zero_rows(ref, start, num_rows, H):
                 piece[...] = jnp.where(ids + row < start, values, jnp.zeros_like(values))
 
 
-def _compute(sizes, tile, head, warpgroup, q_ref, out_ref, shared):
-    """Attention of 64 of the tile's queries, and its output."""
+def _compute(sizes, jobs, warpgroup, q_ref, out_ref, shared):
+    """Attention of 64 queries of every job's tile, and its output."""
+    q_smem, q_ready = shared.q.at[warpgroup], shared.q_ready.at[warpgroup]
+
+    def fetch_queries(i, tile, head):
+        @pl.when(i < jobs.count)
+        def _():
+            first = pl.multiple_of(tile.first + warpgroup * _ROWS, _ALIGN)
+            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first, _ROWS), head], q_smem, q_ready)
+
+    def compute_job(i, state):
+        done, tile, head = state
+        next_job = jobs[i + 1]
+        plgpu.barrier_wait(q_ready)
+        out = _attend(sizes, tile, done, warpgroup, shared)
+        if not _out_in_place(sizes):
+            fetch_queries(i + 1, *next_job)
+        _store(out.astype(out_ref.dtype), tile, head, warpgroup, out_ref, shared)
+        if _out_in_place(sizes):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            fetch_queries(i + 1, *next_job)
+        return done + tile.steps(sizes.config.block_kv), *next_job
+
+    first_job = jobs[0]
+    fetch_queries(0, *first_job)
+    lax.fori_loop(0, jobs.count, compute_job, (jnp.int32(0), *first_job))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _attend(sizes, tile, done, warpgroup, shared):
+    """float32 [64, H], the output of the warpgroup's queries; `done`: the steps of jobs before."""
     block_kv = sizes.config.block_kv
-    first = pl.multiple_of(tile.first + warpgroup * _ROWS, _ALIGN)
-    lo, hi = jnp.maximum(tile.lo, first), jnp.minimum(tile.hi, first + _ROWS)
-    has_queries = lo < hi
+    first = tile.first + warpgroup * _ROWS
+    lo, hi = tile.part(warpgroup)
     # Steps whose every key is seen by every query; all that some query sees; the other warpgroup's as well.
-    keys = jnp.where(has_queries, jnp.maximum(hi + tile.offset, 0), 0)
+    keys = jnp.where(lo < hi, jnp.maximum(hi + tile.offset, 0), 0)
     mine = lax.div(keys + (block_kv - 1), jnp.int32(block_kv))
     full = jnp.minimum(lax.div(jnp.maximum(lo + tile.offset + 1, 0), jnp.int32(block_kv)), mine)
     steps = tile.steps(block_kv)
-
-    q_smem, q_ready = shared.q.at[warpgroup], shared.q_ready.at[warpgroup]
-    plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first, _ROWS), head], q_smem, q_ready)
-    plgpu.barrier_wait(q_ready)
 
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     state = (
@@ -257,20 +315,18 @@ def _compute(sizes, tile, head, warpgroup, q_ref, out_ref, shared):
         plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout),
     )
     turns = _Turns(shared.turn, sizes.config.take_turns)
-    step = functools.partial(_step, sizes, first + tile.offset, mine, warpgroup, shared, turns)
+    step = functools.partial(_step, sizes, first + tile.offset, done, mine, warpgroup, shared, turns)
 
     @pl.when(mine > 0)
     def _():
-        plgpu.barrier_wait(shared.k_ready.at[0])
+        plgpu.barrier_wait(shared.k_ready.at[_slot(sizes, done)])
 
     pl.when(warpgroup == 1)(turns.swap)
     state = lax.fori_loop(0, full, functools.partial(step, masked=False), state)
     acc, _, total = lax.fori_loop(full, mine, functools.partial(step, masked=True), state)
-    lax.fori_loop(mine, steps, functools.partial(_skip, sizes, shared, turns), None)
+    lax.fori_loop(mine, steps, functools.partial(_skip, sizes, done, shared, turns), None)
     pl.when(warpgroup == 0)(turns.swap)
-
-    out = acc * lax.broadcast_in_dim(1 / jnp.maximum(total, 1e-30), acc.shape, [0])
-    _store(out.astype(out_ref.dtype), lo, hi, first, head, warpgroup, out_ref, shared)
+    return acc * lax.broadcast_in_dim(1 / jnp.maximum(total, 1e-30), acc.shape, [0])
 
 
 class _Turns(NamedTuple):
@@ -292,9 +348,9 @@ class _Turns(NamedTuple):
             plgpu.barrier_wait(self.barrier)
 
 
-def _skip(sizes, shared, turns, step, _):
+def _skip(sizes, done, shared, turns, step, _):
     """A step that is the other warpgroup's alone."""
-    slot = _slot(sizes, step)
+    slot = _slot(sizes, done + step)
     plgpu.barrier_wait(shared.k_ready.at[slot])
     plgpu.barrier_arrive(shared.k_used.at[slot])
     turns.swap()
@@ -303,11 +359,11 @@ def _skip(sizes, shared, turns, step, _):
     turns.swap()
 
 
-def _step(sizes, first_position, steps, warpgroup, shared, turns, step, state, *, masked):
+def _step(sizes, first_position, done, steps, warpgroup, shared, turns, step, state, *, masked):
     """Online softmax over block_kv keys. The step's keys are there when it begins, and the next step's when it ends."""
     acc, top, total = state
     block_kv = sizes.config.block_kv
-    slot, next_slot = _slot(sizes, step), _slot(sizes, step + 1)
+    slot, next_slot = _slot(sizes, done + step), _slot(sizes, done + step + 1)
     shape = (_ROWS, block_kv)
 
     def scores_of(acc_ref):
@@ -362,8 +418,11 @@ def _step(sizes, first_position, steps, warpgroup, shared, turns, step, state, *
     return acc, new_top, total
 
 
-def _store(out, lo, hi, first, head, warpgroup, out_ref, shared):
-    """Stores the output of tokens lo <= token < hi: all 64 rows at once, or one by one."""
+def _store(out, tile, head, warpgroup, out_ref, shared):
+    """Stores the output of the warpgroup's queries: all 64 rows at once, or those of the tile's row one by one."""
+    lo, hi = tile.part(warpgroup)
+    first = pl.multiple_of(tile.first + warpgroup * _ROWS, _ALIGN)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last job's
     num_pieces, columns = shared.out.shape[1], shared.out.shape[3]
     for i in range(num_pieces):
         shared.out[warpgroup, i] = out[:, i * columns : (i + 1) * columns]
@@ -386,8 +445,6 @@ def _store(out, lo, hi, first, head, warpgroup, out_ref, shared):
         def _(token):
             store(pl.ds(token - first, 1), pl.ds(token, 1))
 
-    plgpu.wait_smem_to_gmem(0)
-
 
 def choose_config(H: int, page_size: int) -> Config:
     """The configuration for heads of size H."""
@@ -405,10 +462,15 @@ def _out_dtype(H, dtype):
     return dtype if H % 64 == 0 else jnp.float32
 
 
-def _shared_memory(H, dtype, config):
+def _shared_memory(H, dtype, config, in_place):
     """Bytes; with room for barriers and the like."""
-    queries_and_out = 2 if _out_dtype(H, dtype) == dtype else 2 + 4
-    return H * (_TILE * queries_and_out + 4 * config.stages * config.block_kv) + 4096
+    queries, out = (_TILE * H * jnp.dtype(x).itemsize for x in (dtype, _out_dtype(H, dtype)))
+    return (max(queries, out) if in_place else queries + out) + 4 * config.stages * config.block_kv * H + 4096
+
+
+def _out_in_place(sizes):
+    """Whether a warpgroup's output takes its queries' place, for lack of another."""
+    return _shared_memory(sizes.H, sizes.dtype, sizes.config, in_place=False) > _SHARED_MEMORY
 
 
 def supported(q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale, config=None, interpret=False):
@@ -423,7 +485,7 @@ def supported(q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale, 
         return f"takes a head dim that is a multiple of 32 up to 256, got {H}"
     if page_size % _ALIGN or config.block_kv % page_size:
         return f"takes a page size that is a multiple of {_ALIGN} and divides {config.block_kv}, got {page_size}"
-    if _shared_memory(H, q.dtype, config) > _SHARED_MEMORY:
+    if _shared_memory(H, q.dtype, config, in_place=_out_dtype(H, q.dtype) == q.dtype) > _SHARED_MEMORY:
         return f"{config} needs more shared memory than there is for head dim {H}"
     if not scale > 0:
         return f"takes a positive scale, got {scale}"
@@ -440,19 +502,20 @@ def ragged_prefill(
     config = config or choose_config(H, page_size)
     padded = max(_ROWS, T + -T % _ALIGN)
     q = jnp.pad(q, ((0, padded - T), (0, 0), (0, 0)))
-    tiles = cut_into_tiles(query_starts, kv_lens, padded, config.heavy_first)
-    sizes = _Sizes(padded, N, K, H, P, page_table.shape[1], page_size, q.dtype, scale, config, interpret)
+    tiles, count = cut_into_tiles(query_starts, kv_lens, padded, config.heavy_first)
+    blocks = min(tiles.rows.shape[0] * N, config.blocks or mosaic.num_multiprocessors())
+    sizes = _Sizes(padded, N, K, H, P, page_table.shape[1], page_size, q.dtype, scale, config, blocks, interpret)
     out = mosaic.kernel(
         functools.partial(_kernel, sizes),
         out_type=jax.ShapeDtypeStruct(q.shape, _out_dtype(H, q.dtype)),
         scratch_types=_scratch(sizes),
-        grid=(tiles.rows.shape[0] * N,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(jnp.stack(tiles, axis=1), page_table, q, k_pages, v_pages)
+    )(jnp.stack(tiles, axis=1), count[None], page_table, q, k_pages, v_pages)
     return out[:T].astype(q.dtype)
 
 
@@ -470,8 +533,7 @@ def _scratch(sizes):
     out = tiled(2, H // columns, _ROWS, columns, dtype=out_dtype, line=128, rows=1)
     pages = block_kv // sizes.page_size
     return [
-        # In one place if a warpgroup's output is as large as its queries, and not under the other's queries.
-        plgpu.RefUnion(queries, out) if out_dtype == sizes.dtype else (queries, out),
+        plgpu.RefUnion(queries, out) if _out_in_place(sizes) else (queries, out),
         tiled(stages, block_kv, H, line=line),
         tiled(stages, block_kv, H, line=line),
         tiled(2, _ROWS, block_kv, line=128) if sizes.interpret else None,
