@@ -10,9 +10,10 @@ CTAs takes an equal share, so that no CTA waits for another however ragged the b
     [head 0][head 1][  head 0  ][  head 1  ][0][1]
     |- CTA 0 -|- CTA 1 -|- CTA 2 -|- CTA 3 -|CTA 4|
 
-The part of one (row, head) in one CTA is a *segment*. A CTA whose last segment goes on in the next CTA writes its sums
-to a workspace; the CTA that holds the segment's end adds them to its own. It waits for CTAs of lower index alone, which
-started before it.
+The part of one (row, head) in one CTA is a *segment*. A CTA whose first segment began in an earlier one writes its
+sums to a workspace; the CTA that holds the beginning adds them to its own. It comes to them last and finds them ready,
+for the others did them first. (The other way round, every CTA would wait for the one before it.) Shares are dealt out
+from the last to the first, so that a CTA waits for such alone as have started before it.
 
 In a CTA, one warpgroup copies pages to shared memory and runs ahead over segment ends, another computes. Scores are
 computed transposed, keys x queries, for the tensor cores want 64 rows and a group of query heads has 1 to 64.
@@ -180,8 +181,8 @@ def _call(q, k_pages, v_pages, page_table, kv_lens, *, group, fold, scale, confi
         out_ref, weight_ref, acc_ref, top_ref, total_ref,
         q_smem, k_smem, v_smem, p_smem, out_smem, q_full, full, empty,
     ):  # fmt: skip
-        cta = lax.axis_index("cta")
-        # How many parts of a CTA's first segment lie in the workspace. Interpreted, CTAs run in order: no need to wait.
+        cta = G - 1 - lax.axis_index("cta")  # which share of the work this one has
+        # How many parts of a CTA's last segment lie in the workspace. Interpreted, CTAs run in order: no need to wait.
         arrived = None if interpret else pl.get_global(plgpu.SemaphoreType.REGULAR((G,)))
         warpgroup = lax.axis_index("warpgroup")
         first_row, first_head, first_block, first_len, count = (starts_ref[cta, i] for i in range(5))
@@ -311,39 +312,39 @@ def _call(q, k_pages, v_pages, page_table, kv_lens, *, group, fold, scale, confi
             top, total, acc = sums
             first_index = cta * shares_ref[0] + jnp.minimum(cta, shares_ref[1])
 
-            @pl.when(stop < row_blocks)
-            def _goes_on_in_the_next_cta():
+            @pl.when(j > 0)
+            def _began_in_an_earlier_cta():  # which only a CTA's first segment can have done
                 acc_ref[cta] = acc
                 top_ref[cta] = top
                 total_ref[cta] = total
                 if arrived is not None:
-                    end = first_index + count - 1 + row_blocks - stop
-                    plgpu.semaphore_signal(arrived.at[owner(end)], 1, memory_scope="gpu")
+                    plgpu.semaphore_signal(arrived.at[owner(first_index - j)], 1, memory_scope="gpu")
 
-            @pl.when(stop == row_blocks)
-            def _ends_here():
-                # Only a CTA's first segment can have begun before it.
-                first_cta = jnp.where(j > 0, owner(first_index - j), cta)
+            @pl.when(j == 0)
+            def _begins_here():
+                # Only a CTA's last segment can go on in later ones.
+                end = first_index + count - 1 + row_blocks - stop
+                last_cta = jnp.where(stop < row_blocks, owner(end), cta)
                 if arrived is not None:
 
-                    @pl.when(first_cta < cta)
+                    @pl.when(last_cta > cta)
                     def _():
-                        plgpu.semaphore_wait(arrived.at[cta], cta - first_cta, decrement=False, memory_scope="gpu")
+                        plgpu.semaphore_wait(arrived.at[cta], last_cta - cta, decrement=False, memory_scope="gpu")
 
                 def merge(i, sums):
                     # Several at once, for each is far away. The last is taken again, without weight, to fill up.
-                    others = [first_cta + i * at_once + n for n in range(at_once)]
-                    clamped = [jnp.minimum(other, cta - 1) for other in others]
+                    others = [cta + 1 + i * at_once + n for n in range(at_once)]
+                    clamped = [jnp.minimum(other, last_cta) for other in others]
                     load = functools.partial(plgpu.load, optimized=False)
                     tops = [load(top_ref.at[n], layout=BY_QUERY) for n in clamped]
                     totals = [load(total_ref.at[n], layout=BY_QUERY) for n in clamped]
                     accs = [load(acc_ref.at[n], layout=plgpu.Layout.WGMMA) for n in clamped]
                     for other, *theirs in zip(others, tops, totals, accs, strict=True):
-                        theirs[0] += jnp.where(other < cta, 0.0, MASKED)
+                        theirs[0] += jnp.where(other <= last_cta, 0.0, MASKED)
                         sums = add_sums(sums, theirs)
                     return sums
 
-                steps = lax.div(cta - first_cta + (at_once - 1), jnp.int32(at_once))
+                steps = lax.div(last_cta - cta + (at_once - 1), jnp.int32(at_once))
                 all_top, all_total, all_acc = lax.fori_loop(0, steps, merge, sums)
                 out = all_acc / along_keys(all_total, H)
                 if fold > 1:
