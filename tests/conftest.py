@@ -8,6 +8,7 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu" if os.environ.get("JAXLLM_TEST_GPU") is None else "")
 os.environ.setdefault("JAXLLM_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"jaxllm-tests-{os.getuid()}"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("NPROC", "8")  # with fewer threads, kernels in interpret mode can wait for one another for ever
 
 
 @pytest.fixture(autouse=True)
