@@ -76,22 +76,23 @@ def add_requests(engine, random, step: int) -> None:
 
 def test_a_mixed_workload_compiles_nothing(llm, compilations):
     engine, random = llm.llm_engine, np.random.default_rng(0)
-    aborted = 0
+    outputs, aborted = [], 0
     for step in range(300):
         if random.random() < 0.3:
             add_requests(engine, random, step)
         if engine.has_unfinished_requests() and random.random() < 0.1:
             engine.abort_request(str(random.choice(list(engine._groups))))
             aborted += 1
-        engine.step()
+        outputs += engine.step()
     while engine.has_unfinished_requests():
-        engine.step()
+        outputs += engine.step()
     engine.drain()
     prompt = [1, 2, 3] * 7
     output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)[0]
     assert output.outputs[0].token_ids == continuation(prompt, 5)
 
     engine.scheduler.check()
+    assert {answer.finish_reason for output in outputs for answer in output.outputs} == {None, "stop", "length"}
     assert engine.scheduler.num_preemptions > 10 and engine.scheduler.memory.hit_tokens > 100 and aborted > 10
     assert compilations.count == 0
     assert len(engine.runner.executables) == len(engine.runner.ladder.all) + 1
