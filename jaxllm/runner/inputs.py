@@ -20,6 +20,7 @@ from jaxllm.scheduling.plan import StepPlan
 
 _HEADER = 4
 _ROW = 5  # slot, num_tokens, kv_len, samples, prompt_len; then the sampling parameters
+ROW_WIDTH = _ROW + SamplingTable.width
 _NO_ENTRY = np.iinfo(np.int32).max  # an index that is always out of range, and dropped
 
 
@@ -32,11 +33,22 @@ class DeviceState(NamedTuple):
 
 class UnpackedStep(NamedTuple):
     batch: StepBatch
-    slots: jax.Array  # i32[S] out of range for padding rows
     last_positions: jax.Array  # i32[S] index in [0, T) of each row's last token
-    samples: jax.Array  # bool[S]
-    sampling: SamplingRows
+    rows: jax.Array  # i32[S, row width] the packed rows, for the sampler
     state: DeviceState  # with the page updates applied
+
+
+class UnpackedRows(NamedTuple):
+    """What the sampler reads of a step's rows."""
+
+    slots: jax.Array  # i32[S] where each row's new token goes; out of range for rows that don't sample
+    sampling: SamplingRows
+
+    @classmethod
+    def of(cls, rows: jax.Array, max_num_seqs: int) -> "UnpackedRows":
+        slots, _, kv_lens, samples, prompt_lens = (rows[:, i] for i in range(_ROW))
+        sampling = SamplingRows.unpack(rows[:, _ROW:], kv_lens, prompt_lens)
+        return cls(jnp.where(samples > 0, slots, max_num_seqs), sampling)
 
 
 @dataclass(frozen=True)
@@ -57,17 +69,13 @@ class InputLayout:
         return 2 * self.shape.num_rows + self.shape.num_tokens // self.page_size
 
     @property
-    def row_width(self) -> int:
-        return _ROW + SamplingTable.width
-
-    @property
     def size(self) -> int:
-        return _HEADER + self.shape.num_rows * self.row_width + 2 * self.num_updates + self.shape.num_tokens
+        return _HEADER + self.shape.num_rows * ROW_WIDTH + 2 * self.num_updates + self.shape.num_tokens
 
     def pack(self, plan: StepPlan, sampling: SamplingTable, updates: np.ndarray) -> np.ndarray:
         """i32[size]. `updates` [U, 2] are (flat page-table index, page), at most num_updates of them."""
         packed = np.zeros(self.size, np.int32)
-        num_rows, width = len(plan.slots), self.row_width
+        num_rows, width = len(plan.slots), ROW_WIDTH
         packed[:3] = len(plan.tokens), num_rows, plan.num_decodes
         start = _HEADER
         rows = packed[start : start + self.shape.num_rows * width].reshape(self.shape.num_rows, width)
@@ -90,9 +98,9 @@ class InputLayout:
         """The step's batch, on the device. `num_pages` is the size of the KV pool."""
         T, S = self.shape.num_tokens, self.shape.num_rows
         num_tokens, num_decodes = packed[0], packed[2]
-        parts = jnp.split(packed[_HEADER:], np.cumsum([S * self.row_width, 2 * self.num_updates]))
+        parts = jnp.split(packed[_HEADER:], np.cumsum([S * ROW_WIDTH, 2 * self.num_updates]))
         rows, updates, token_ids = parts[0].reshape(S, -1), parts[1].reshape(-1, 2), parts[2]
-        slots, counts, kv_lens, samples, prompt_lens = (rows[:, i] for i in range(_ROW))
+        slots, counts, kv_lens, _, prompt_lens = (rows[:, i] for i in range(_ROW))
         table = state.page_table.reshape(-1).at[updates[:, 0]].set(updates[:, 1], mode="drop")
         state = DeviceState(table.reshape(state.page_table.shape), state.last_token)
         query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
@@ -117,8 +125,7 @@ class InputLayout:
             decode_only=self.shape.decode_only,
         )
         last = jnp.maximum(query_starts[1:] - 1, 0)
-        sampling = SamplingRows.unpack(rows[:, _ROW:], kv_lens, prompt_lens)
-        return UnpackedStep(batch, slots, last, samples > 0, sampling, state)
+        return UnpackedStep(batch, last, rows, state)
 
 
 def _row_of_token(query_starts: jax.Array, num_tokens: int) -> jax.Array:

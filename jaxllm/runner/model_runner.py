@@ -13,10 +13,10 @@ from jaxllm.config import EngineConfig
 from jaxllm.models.interface import KVPages, LayerKV, Network, Params
 from jaxllm.runner import kv_pool
 from jaxllm.runner.executables import Executables, use_persistent_cache
-from jaxllm.runner.inputs import DeviceState, InputLayout, page_table_entries
-from jaxllm.runner.sampler import Logprobs, SamplingTable
-from jaxllm.runner.shapes import ShapeLadder, StepShape
-from jaxllm.runner.step import StepOutputs, make_step, write_page_table
+from jaxllm.runner.inputs import ROW_WIDTH, DeviceState, InputLayout, page_table_entries
+from jaxllm.runner.sampler import Level, Logprobs, SamplingTable
+from jaxllm.runner.shapes import SampleShape, ShapeLadder, StepShape
+from jaxllm.runner.step import StepOutputs, make_forward, make_sampler, write_page_table
 from jaxllm.scheduling import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,11 @@ class ModelRunner:
         layout = self._layout(shape)
         updates = self._send_surplus(page_table_entries(plan, self.max_pages), layout.num_updates)
         packed = layout.pack(plan, self.sampling, updates)
-        self._kv, self._state, outputs = self.executables[shape](self.params, self._kv, self._state, packed)
+        forward = self.executables[shape]
+        sample = self.executables[SampleShape(shape.num_rows, Level(self.sampling.level[plan.slots].max()))]
+        self._kv, state, logits, rows = forward(self.params, self._kv, self._state, packed)
+        last_token, outputs = sample(state.last_token, logits, rows)
+        self._state = DeviceState(state.page_table, last_token)
         return outputs
 
     def _meet_new_requests(self, plan: StepPlan) -> None:
@@ -143,25 +147,37 @@ class ModelRunner:
         table = jax.ShapeDtypeStruct((seqs, self.max_pages), jnp.int32)
         return kv, DeviceState(table, jax.ShapeDtypeStruct((seqs,), jnp.int32))
 
-    def _lower(self, key: StepShape | str) -> jax.stages.Lowered:
+    def _lower(self, key: StepShape | SampleShape | str) -> jax.stages.Lowered:
+        _, state = self._abstract_state(self.num_pages)
         if key == _WRITE_TABLE:
             entries = jax.ShapeDtypeStruct((_TABLE_ENTRIES, 2), jnp.int32)
-            return jax.jit(write_page_table, donate_argnums=0).lower(self._abstract_state(1)[1], entries)
-        return self._lower_step(key, self.num_pages)
+            return jax.jit(write_page_table, donate_argnums=0).lower(state, entries)
+        if isinstance(key, SampleShape):
+            logits = jax.ShapeDtypeStruct((key.num_rows, self.network.config.vocab_size), jnp.float32)
+            rows = jax.ShapeDtypeStruct((key.num_rows, ROW_WIDTH), jnp.int32)
+            sampler = make_sampler(key.level, self.config.max_num_seqs, self.config.max_logprobs)
+            return jax.jit(sampler, donate_argnums=0).lower(state.last_token, logits, rows)
+        return self._lower_forward(key, self.num_pages)
 
-    def _lower_step(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
+    def _lower_forward(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
         kv, state = self._abstract_state(num_pages)
         layout = self._layout(shape)
-        step = make_step(self.network, layout, self.config.max_logprobs)
-        step.__name__ = f"{'decode' if shape.decode_only else 'mixed'}_{shape.num_tokens}"
+        forward = make_forward(self.network, layout)
+        forward.__name__ = f"{'decode' if shape.decode_only else 'mixed'}_{shape.num_tokens}"
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
-        return jax.jit(step, donate_argnums=(1, 2)).lower(params, kv, state, packed)
+        return jax.jit(forward, donate_argnums=(1, 2)).lower(params, kv, state, packed)
+
+    @property
+    def program_keys(self) -> list[StepShape | SampleShape | str]:
+        """Everything that the runner may ever run; the largest programs first, for they take longest to compile."""
+        rows = sorted({shape.num_rows for shape in self.ladder.all})
+        samplers = [SampleShape(count, level) for count in rows for level in Level]
+        return [*reversed(self.ladder.all), *samplers, _WRITE_TABLE]
 
     def _warm_up(self) -> None:
-        keys = [*self.ladder.all, _WRITE_TABLE]
-        seconds = self.executables.warm_up(keys, self.config.use_tqdm_on_load)
-        logger.info("compiled or loaded %d programs in %.1f s", len(keys), seconds)
+        seconds = self.executables.warm_up(self.program_keys, self.config.use_tqdm_on_load)
+        logger.info("compiled or loaded %d programs in %.1f s", len(self.program_keys), seconds)
 
     def _count_pages(self) -> int:
         config = self.config
@@ -187,13 +203,14 @@ class ModelRunner:
         shape = self.ladder.mixed[-1]
         self.num_pages = self.max_pages
         self.reset()
-        program = self._lower_step(shape, self.num_pages).compile()
+        forward = self._lower_forward(shape, self.num_pages).compile()
+        sampler = self._lower(SampleShape(shape.num_rows, Level.FULL)).compile()
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
-        self._kv, self._state, outputs = program(self.params, self._kv, self._state, idle)
-        jax.block_until_ready(outputs)
-        sizes = program.memory_analysis()
-        step_bytes = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        self._kv = self._state = None
+        self._kv, state, logits, rows = forward(self.params, self._kv, self._state, idle)
+        jax.block_until_ready(sampler(state.last_token, logits, rows))
+        step_bytes = max(program.memory_analysis().temp_size_in_bytes for program in (forward, sampler))
+        step_bytes += 2 * logits.nbytes  # of this step and of the one ahead
+        self._kv = self._state = state = logits = None
         limit, in_use, _ = kv_pool.device_memory(_device_of(self.params))
         spare = limit // 64  # for fragments, and for what the libraries allocate as they go
         pages = kv_pool.pages_in(limit - in_use - step_bytes - spare, self._page_bytes)

@@ -1,11 +1,11 @@
 """Sampling on the device: temperature, min_p, top_k, top_p, stop-token masks, log probabilities; all rows at once.
 
 A row's draw depends on its seed and on the position of the token it draws, on nothing else: not on batch mates, on how
-the prompt was chunked, or on whether the request was preempted. Work that no row asks for is skipped at run time.
+the prompt was chunked, or on whether the request was preempted.
 """
 
-import functools
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -14,6 +14,18 @@ import numpy as np
 
 _RUN = 128  # tokens
 MAX_STOP_IDS = 16  # stop tokens of a request that min_tokens can keep from being sampled
+
+
+class Level(IntEnum):
+    """How much sampling work a step does: a program each, for a branch on the device would make the host wait for it.
+
+    Each level can do what those below can: a step runs at the highest that one of its rows needs.
+    """
+
+    GREEDY = 0
+    DRAW = 1  # temperature
+    FILTER = 2  # and min_p, top_k, top_p
+    FULL = 3  # and stop-token masks and log probabilities
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,14 @@ class SamplingSpec:
     min_tokens: int = 0
     masked_ids: tuple[int, ...] = ()
 
+    @property
+    def level(self) -> Level:
+        if self.num_logprobs >= 0 or self.masked_ids:
+            return Level.FULL
+        if self.temperature == 0:
+            return Level.GREEDY
+        return Level.FILTER if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else Level.DRAW
+
 
 class SamplingTable:
     """The host's table of every slot's sampling parameters: i32[max_num_seqs, width], floats by their bits."""
@@ -45,6 +65,7 @@ class SamplingTable:
     def __init__(self, max_num_seqs: int) -> None:
         self.rows = np.zeros((max_num_seqs, self.width), np.int32)
         self.prompt_len = np.zeros(max_num_seqs, np.int32)
+        self.level = np.zeros(max_num_seqs, np.int8)
 
     def fill(self, slot: int, spec: SamplingSpec, prompt_len: int) -> None:
         row = self.rows[slot]
@@ -55,6 +76,7 @@ class SamplingTable:
         row[8:] = -1
         row[8 : 8 + len(spec.masked_ids)] = spec.masked_ids
         self.prompt_len[slot] = prompt_len
+        self.level[slot] = spec.level
 
 
 class SamplingRows(NamedTuple):
@@ -65,7 +87,6 @@ class SamplingRows(NamedTuple):
     min_p: jax.Array  # f32[S]
     top_k: jax.Array  # i32[S]
     seed: jax.Array  # u32[S, 2]
-    num_logprobs: jax.Array  # i32[S]
     masked_ids: jax.Array  # i32[S, MAX_STOP_IDS], -1 where there is none or no need
     positions: jax.Array  # i32[S] of the token to be drawn
 
@@ -82,7 +103,6 @@ class SamplingRows(NamedTuple):
             min_p=floats[:, 2],
             top_k=rows[:, 3],
             seed=seed,
-            num_logprobs=jnp.where(in_use, rows[:, 6], -1),
             masked_ids=masked,
             positions=kv_lens,
         )
@@ -92,7 +112,7 @@ class Logprobs(NamedTuple):
     """Log probabilities of the model's own distribution (before temperature and filters), natural logarithm.
 
     token: f32[S] of the sampled token; rank: i32[S] its rank, 1 for the likeliest.
-    top_ids: i32[S, L] and top: f32[S, L], the likeliest first. All zeros when no row of the step asked.
+    top_ids: i32[S, L] and top: f32[S, L], the likeliest first.
     """
 
     token: jax.Array
@@ -101,20 +121,11 @@ class Logprobs(NamedTuple):
     top: jax.Array
 
 
-def sample(logits: jax.Array, rows: SamplingRows, max_logprobs: int) -> tuple[jax.Array, Logprobs]:
-    """Draws a token a row from f32[S, V] logits -> (i32[S], log probabilities)."""
-    general = functools.partial(_sample, logits, rows, max_logprobs)
-    no_logprobs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(general)[1])
-    wishes = (rows.temperature > 0) | (rows.num_logprobs >= 0) | jnp.any(rows.masked_ids >= 0, axis=-1)
-    return jax.lax.cond(jnp.any(wishes), general, lambda: (_argmax(logits), no_logprobs))
-
-
-def _sample(logits: jax.Array, rows: SamplingRows, max_logprobs: int) -> tuple[jax.Array, Logprobs]:
-    masked = jax.lax.cond(jnp.any(rows.masked_ids >= 0), _mask_ids, lambda x, _: x, logits, rows.masked_ids)
-    tokens = jax.lax.cond(jnp.any(rows.temperature > 0), _draw, lambda x, _: _argmax(x), masked, rows)
-    with_logprobs = functools.partial(_logprobs, logits, tokens, max_logprobs)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(with_logprobs))
-    return tokens, jax.lax.cond(jnp.any(rows.num_logprobs >= 0), with_logprobs, lambda: zeros)
+def sample(logits: jax.Array, rows: SamplingRows, level: Level, max_logprobs: int) -> tuple[jax.Array, Logprobs | None]:
+    """Draws a token a row from f32[S, V] logits -> (i32[S], log probabilities at Level.FULL)."""
+    masked = _mask_ids(logits, rows.masked_ids) if level >= Level.FULL else logits
+    tokens = _draw(masked, rows, level) if level >= Level.DRAW else _argmax(masked)
+    return tokens, _logprobs(logits, tokens, max_logprobs) if level >= Level.FULL else None
 
 
 def _argmax(x: jax.Array) -> jax.Array:
@@ -128,20 +139,13 @@ def _mask_ids(logits: jax.Array, ids: jax.Array) -> jax.Array:
     return logits.at[rows, jnp.where(ids >= 0, ids, logits.shape[1])].set(-jnp.inf, mode="drop")
 
 
-def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+def _draw(logits: jax.Array, rows: SamplingRows, level: Level) -> jax.Array:
     is_greedy = rows.temperature == 0
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
-    filtered = jnp.any((rows.min_p > 0) | (rows.top_k > 0) | (rows.top_p < 1))
-    kept = jax.lax.cond(filtered, _filter, lambda x, _: x, scaled, rows)
-    drawn = _pick(jnp.exp(kept), jax.vmap(_two_uniforms)(rows.seed, rows.positions))
+    if level >= Level.FILTER:  # in vLLM's order
+        scaled = _keep_top_p(_keep_top_k(_keep_min_p(scaled, rows.min_p), rows.top_k), rows.top_p)
+    drawn = _pick(jnp.exp(scaled), jax.vmap(_two_uniforms)(rows.seed, rows.positions))
     return jnp.where(is_greedy, _argmax(logits), drawn)
-
-
-def _filter(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """min_p, top_k and top_p, in vLLM's order."""
-    logits = jax.lax.cond(jnp.any(rows.min_p > 0), _keep_min_p, lambda x, _: x, logits, rows.min_p)
-    logits = jax.lax.cond(jnp.any(rows.top_k > 0), _keep_top_k, lambda x, _: x, logits, rows.top_k)
-    return jax.lax.cond(jnp.any(rows.top_p < 1), _keep_top_p, lambda x, _: x, logits, rows.top_p)
 
 
 def _two_uniforms(seed: jax.Array, position: jax.Array) -> jax.Array:

@@ -18,6 +18,17 @@ class StepShape:
 
 
 @dataclass(frozen=True)
+class SampleShape:
+    """The sampler's program for S rows at a level of sampling work (sampler.Level)."""
+
+    num_rows: int
+    level: int
+
+    def __str__(self) -> str:
+        return f"sample {self.num_rows} at level {int(self.level)}"
+
+
+@dataclass(frozen=True)
 class ShapeLadder:
     """Decode-only shapes by rows and mixed shapes by tokens, each growing by a factor from smallest to largest."""
 

@@ -1,27 +1,32 @@
-"""The step: one jitted function that does all of a step's device work, for one shape of the ladder.
+"""The device's work of a step, as two jitted functions: one for each shape of the ladder, one for each sampling level.
 
-packed inputs -> batch -> network -> logits of each row's last token -> sampled token -> last_token of its slot
+    packed inputs -> batch -> network -> logits of each row's last token
+                                         logits -> sampled token -> last_token of its slot
+
+They are two so that what sampling needs does not multiply the shapes of the network, which take long to compile.
 """
 
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxllm.models.interface import KVPages, Network, Params
-from jaxllm.runner.inputs import DeviceState, InputLayout
-from jaxllm.runner.sampler import Logprobs, sample
+from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows
+from jaxllm.runner.sampler import Level, Logprobs, sample
 
 
 class StepOutputs(NamedTuple):
     tokens: jax.Array  # i32[S]; meaningless for rows that don't sample
-    logprobs: Logprobs
+    logprobs: Logprobs | None
 
 
-def make_step(network: Network, layout: InputLayout, max_logprobs: int):
-    """step(params, kv, state, packed) -> (kv, state, StepOutputs). `kv` and `state` are to be donated."""
+def make_forward(network: Network, layout: InputLayout):
+    """forward(params, kv, state, packed) -> (kv, state, logits f32[S, V], rows i32[S, row width]).
 
-    def step(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
+    `kv` and `state` are to be donated; `rows` is for the sampler.
+    """
+
+    def forward(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
         inputs = layout.unpack(packed, state, num_pages=kv[0].k.shape[0])
         with jax.named_scope("forward"):
             hidden, kv = network.forward(params, kv, inputs.batch)
@@ -29,13 +34,20 @@ def make_step(network: Network, layout: InputLayout, max_logprobs: int):
             if not layout.shape.decode_only:
                 hidden = hidden[inputs.last_positions]
             logits = network.logits(params, hidden)
-        with jax.named_scope("sample"):
-            tokens, logprobs = sample(logits, inputs.sampling, max_logprobs)
-        sampling_slots = jnp.where(inputs.samples, inputs.slots, layout.max_num_seqs)
-        last_token = inputs.state.last_token.at[sampling_slots].set(tokens, mode="drop")
-        return kv, DeviceState(inputs.state.page_table, last_token), StepOutputs(tokens, logprobs)
+        return kv, inputs.state, logits, inputs.rows
 
-    return step
+    return forward
+
+
+def make_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
+    """sample_tokens(last_token, logits, rows) -> (last_token, StepOutputs). `last_token` is to be donated."""
+
+    def sample_tokens(last_token: jax.Array, logits: jax.Array, rows: jax.Array):
+        slots, sampling = UnpackedRows.of(rows, max_num_seqs)
+        tokens, logprobs = sample(logits, sampling, level, max_logprobs)
+        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens, logprobs)
+
+    return sample_tokens
 
 
 def write_page_table(state: DeviceState, entries: jax.Array) -> DeviceState:

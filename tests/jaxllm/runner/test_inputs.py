@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.runner.inputs import DeviceState, InputLayout, page_table_entries
+from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows, page_table_entries
 from jaxllm.runner.sampler import SamplingSpec, SamplingTable
 from jaxllm.runner.shapes import ShapeLadder
 from jaxllm.scheduling import Request, Scheduler, SchedulerConfig
@@ -47,12 +47,13 @@ def test_round_trip(lengths):
 
 def check_rows(step, plan, table):
     batch, token = step.batch, 0
+    slots, sampling = UnpackedRows.of(step.rows, SEQS)
     assert int(batch.num_decodes) == plan.num_decodes
     for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.num_tokens, strict=True)):
-        assert int(step.slots[row]) == slot and int(batch.kv_lens[row]) == start + count
+        assert int(slots[row]) == (slot if plan.samples[row] else SEQS) and int(batch.kv_lens[row]) == start + count
         assert int(batch.query_starts[row]) == token and int(batch.query_starts[row + 1]) == token + count
         assert int(step.last_positions[row]) == token + count - 1
-        assert bool(step.samples[row]) == bool(plan.samples[row])
+        assert int(sampling.positions[row]) == start + count
         assert int(batch.prompt_lens[row]) == plan.requests[row].prompt_len
         np.testing.assert_array_equal(np.asarray(batch.page_table[row]), table[slot])
         for position in range(start, start + count):
@@ -63,5 +64,4 @@ def check_rows(step, plan, table):
             token += 1
     assert np.all(np.asarray(batch.slots[token:]) >= PAGES * SIZE)
     assert np.all(np.asarray(batch.kv_lens[len(plan.slots) :]) == 0)
-    assert not np.any(np.asarray(step.samples[len(plan.slots) :]))
-    assert np.all(np.asarray(step.slots[len(plan.slots) :]) == SEQS)
+    assert np.all(np.asarray(slots[len(plan.slots) :]) == SEQS)

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from jaxllm.runner.sampler import MAX_STOP_IDS, SamplingRows, SamplingSpec, SamplingTable, sample
+from jaxllm.runner.sampler import MAX_STOP_IDS, Level, SamplingRows, SamplingSpec, SamplingTable, sample
 
 V = 12
 LOGITS = np.random.default_rng(0).normal(0, 1.5, V).astype(np.float32)
-_sample = jax.jit(sample, static_argnums=2)
+_jitted = jax.jit(sample, static_argnums=(2, 3))
+
+
+def _sample(logits, batch, max_logprobs, level=Level.FULL):
+    return _jitted(logits, batch, level, max_logprobs)
 
 
 def rows(specs, kv_lens=None, prompt_len=4) -> SamplingRows:
@@ -118,7 +122,29 @@ def test_logprobs_are_of_the_raw_distribution():
     assert int(logprobs.rank[0]) == order.tolist().index(token) + 1
 
 
-def test_padding_rows_ask_for_nothing():
-    batch = rows([SamplingSpec(temperature=1.0, num_logprobs=3)], kv_lens=[0])
-    _, logprobs = _sample(jnp.asarray(LOGITS)[None], batch, 2)
-    assert not np.any(np.asarray(logprobs.top)) and float(batch.temperature[0]) == 0
+def test_padding_rows_are_greedy():
+    batch = rows([SamplingSpec(temperature=1.0)], kv_lens=[0])
+    assert float(batch.temperature[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "level"),
+    [
+        (SamplingSpec(), Level.GREEDY),
+        (SamplingSpec(top_k=3, top_p=0.5), Level.GREEDY),
+        (SamplingSpec(temperature=1.0, seed=9), Level.DRAW),
+        (SamplingSpec(temperature=1.0, seed=9, top_k=3), Level.FILTER),
+        (SamplingSpec(temperature=1.0, seed=9, top_p=0.6), Level.FILTER),
+        (SamplingSpec(temperature=1.0, seed=9, min_p=0.1), Level.FILTER),
+        (SamplingSpec(num_logprobs=0), Level.FULL),
+        (SamplingSpec(min_tokens=1, masked_ids=(1,)), Level.FULL),
+    ],
+    ids=str,
+)
+def test_the_level_that_a_row_needs_is_enough_and_higher_ones_change_nothing(spec, level):
+    assert spec.level == level
+    batch = rows([spec] * 50, np.arange(5, 55))
+    expected = np.asarray(_sample(jnp.tile(LOGITS, (50, 1)), batch, 2, level)[0])
+    for higher in Level:
+        if higher > level:
+            np.testing.assert_array_equal(_sample(jnp.tile(LOGITS, (50, 1)), batch, 2, higher)[0], expected)
