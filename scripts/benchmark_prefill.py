@@ -9,10 +9,10 @@ On an idle GPU: python scripts/benchmark_prefill.py --out prefill.json
 
 import argparse
 import functools
-import json
 import time
 import traceback
 
+import benchmark_report
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,24 +131,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="where the JSON goes")
     parser.add_argument("--only-check", action="store_true", help="do not measure")
+    parser.add_argument("--default-only", action="store_true", help="the default Config alone")
     options = parser.parse_args()
+    configs = CONFIGS[:1] if options.default_only else CONFIGS
     device = jax.devices()[0]
     results: dict[str, dict] = {"device": device.device_kind, "jax": jax.__version__, "checks": {}, "specs": {}}
     for spec in CHECKS:
         for dtype in (jnp.bfloat16, jnp.float16) if spec is CHECKS[0] else (jnp.bfloat16,):
             name = f"{spec.name} {jnp.dtype(dtype).name}"
             guarded(results["checks"], name, lambda spec=spec, dtype=dtype: check(spec, dtype, None))
-    for config in CONFIGS[1:]:
+    for config in configs[1:]:
         guarded(results["checks"], str(config), lambda config=config: check(CHECKS[1], jnp.bfloat16, config))
     if not options.only_check:
         guarded(results, "matmul 8192^3 tflops", matmul_tflops)
         for spec in SPECS:
             of_spec = results["specs"][spec.name] = {}
-            for config in CONFIGS if spec.head_dim == 128 else [None]:
+            for config in configs if spec.head_dim == 128 else [None]:
                 guarded(of_spec, str(config), lambda spec=spec, config=config: measure(spec, config))
     if options.out:
-        with open(options.out, "w") as file:
-            json.dump(results, file, indent=1)
+        benchmark_report.write(options.out, results)
 
 
 if __name__ == "__main__":

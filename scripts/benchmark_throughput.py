@@ -1,7 +1,8 @@
-"""Offline throughput, in the manner of vLLM's benchmark_throughput.py: all requests at once, answers of a fixed length.
+r"""Offline throughput, in the manner of vLLM's benchmark_throughput.py: all requests at once, answers of a fixed length.
 
     python scripts/benchmark_throughput.py --input-len 64 --output-len 128 --num-prompts 100
-    python scripts/benchmark_throughput.py --config llama-60m --dummy-weights --backend jaxllm,hf --hf-max-batch-size 1,16,64
+    python scripts/benchmark_throughput.py --config llama-60m --dummy-weights --backend jaxllm,hf \
+        --hf-max-batch-size 1,16,64
 
 --backend jaxllm (or vllm, which means the same here, so that old command lines work) and hf, which is transformers'
 `generate` on padded batches. With several backends or batch sizes each runs in a process of its own, one after another.
@@ -126,7 +127,12 @@ def run_jaxllm(requests: list[Request], args: argparse.Namespace) -> dict:
     for (_, length), output in zip(requests, outputs, strict=True):
         assert all(len(answer.token_ids) == length for answer in output.outputs)
     scheduler = llm.llm_engine.scheduler
-    return {"elapsed_time": elapsed, "startup_time": startup, "preemptions": scheduler.num_preemptions}
+    return {
+        "elapsed_time": elapsed,
+        "startup_time": startup,
+        "preemptions": scheduler.num_preemptions,
+        "plans": scheduler.num_plans,
+    }
 
 
 def run_hf(requests: list[Request], args: argparse.Namespace) -> dict:

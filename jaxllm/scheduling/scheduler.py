@@ -91,7 +91,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.requests: dict[str, Request] = {}
         self.num_preemptions = self.num_policy_stalls = self.num_policy_errors = self.num_recomputed_tokens = 0
-        self._added = self._step = 0
+        self._added = self.num_plans = 0
         self._fcfs = Policy()
         self._info = EngineInfo(
             config.page_size, config.num_pages, config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len
@@ -141,8 +141,8 @@ class Scheduler:
 
         If nobody waits and all residents decode, the plan may be for up to `max_steps` steps in a row.
         """
-        self._step += 1
-        view = SchedulerView(now, self._step, self._info, self.waiting, self.residents, self.memory)
+        self.num_plans += 1
+        view = SchedulerView(now, self.num_plans, self._info, self.waiting, self.residents, self.memory)
         draft = self._draft(self.policy, view)
         draft.num_steps = max_steps
         try:
@@ -157,7 +157,7 @@ class Scheduler:
             self._fill(draft, self._fcfs, view)
         if not draft.at_once:
             draft.num_steps = 1
-        plan = draft.finish(self._step, self.residents)
+        plan = draft.finish(self.num_plans, self.residents)
         for request in plan.requests[plan.num_decodes :]:
             if request.first_scheduled_at is None:
                 request.first_scheduled_at = now
@@ -518,7 +518,7 @@ class Scheduler:
 
     def _tell(self, hook: str, request: Request, now: float) -> None:
         if overrides(self.policy, hook):
-            view = SchedulerView(now, self._step, self._info, self.waiting, self.residents, self.memory)
+            view = SchedulerView(now, self.num_plans, self._info, self.waiting, self.residents, self.memory)
             try:
                 getattr(self.policy, hook)(request, view)
             except Exception as error:
@@ -530,7 +530,7 @@ class Scheduler:
             (request, int(n) if row >= plan.num_decodes else 0, new.get(request.id, 0))
             for row, (request, n) in enumerate(zip(plan.requests, plan.num_tokens, strict=True))
         ]
-        view = SchedulerView(now, self._step, self._info, self.waiting, self.residents, self.memory)
+        view = SchedulerView(now, self.num_plans, self._info, self.waiting, self.residents, self.memory)
         try:
             self.policy.on_step(StepReport(items, seconds), view)
         except Exception as error:
