@@ -1,4 +1,4 @@
-r"""Offline throughput, in the manner of vLLM's benchmark_throughput.py: all requests at once, answers of a fixed length.
+r"""Offline throughput, in the manner of vLLM's benchmark_throughput.py: all requests at once, answers of fixed length.
 
     python scripts/benchmark_throughput.py --input-len 64 --output-len 128 --num-prompts 100
     python scripts/benchmark_throughput.py --config llama-60m --dummy-weights --backend jaxllm,hf \

@@ -21,7 +21,7 @@ class Draft:
     num_tokens: slot -> tokens to compute, in the order in which they were planned.
     considered: ids of the requests that had their turn in this step.
     preempted: those that lost their pages in this step; they are not admitted again in it.
-    residents_done: whether the residents have had their turn; at_once: whether in one go.
+    residents_done: whether the residents have had their turn; at_once: slots and counts of those planned in one go.
     may_unplan: whether a request already planned may still be preempted. Not once others may have found its pages in
       the prefix cache.
     num_steps: how many decode steps in a row; more than 1 only if nothing but decode rows is planned.
@@ -35,7 +35,7 @@ class Draft:
     considered: set[str] = field(default_factory=set)
     preempted: list[Request] = field(default_factory=list)
     residents_done: bool = False
-    at_once: bool = False
+    at_once: tuple[Ints, Ints] | None = None
     may_unplan: bool = False
     ignore_protection: bool = False
     num_steps: int = 1
@@ -55,6 +55,8 @@ class Draft:
 
     def sizes(self, remaining: Ints) -> Ints:
         """`size` and `take` for one row after the other, all at once; i64[rows] -> i64[rows]."""
+        if int(remaining.sum()) <= min(self.tokens_left, self.prefill_left, self.chunk):
+            return remaining
         wanted = np.minimum(remaining, self.chunk)
         prefill = np.where(remaining > 1, wanted, 0)
         prefill = np.clip(self.prefill_left - (np.cumsum(prefill) - prefill), 0, prefill)
@@ -69,9 +71,24 @@ class Draft:
             self.prefill_left -= count
 
     def take_all(self, slots: Ints, counts: Ints, remaining: Ints) -> None:
-        self.num_tokens = dict(zip(slots.tolist(), counts.tolist(), strict=True))
+        """`take` for all residents at once, before anything else is planned."""
+        self.at_once = (slots, counts)
         self.tokens_left -= int(counts.sum())
         self.prefill_left -= int(counts[remaining > 1].sum())
+
+    @property
+    def empty(self) -> bool:
+        return not self.num_tokens and (self.at_once is None or not len(self.at_once[0]))
+
+    def _rows(self) -> tuple[Ints, Ints]:
+        """Slots and counts, in the order in which they were planned."""
+        slots = np.fromiter(self.num_tokens.keys(), np.int64, len(self.num_tokens))
+        counts = np.fromiter(self.num_tokens.values(), np.int64, len(self.num_tokens))
+        if self.at_once is None:
+            return slots, counts
+        if not self.num_tokens:
+            return self.at_once
+        return np.concatenate([self.at_once[0], slots]), np.concatenate([self.at_once[1], counts])
 
     def give_back(self, slot: int, remaining: int) -> None:
         count = self.num_tokens.pop(slot)
@@ -82,8 +99,7 @@ class Draft:
     def finish(self, step: int, residents: Residents) -> StepPlan:
         """The plan; marks the tokens that it will sample as in flight. Decode rows come first, longest first."""
         r = residents
-        slots = np.fromiter(self.num_tokens.keys(), np.int64, len(self.num_tokens))
-        counts = np.fromiter(self.num_tokens.values(), np.int64, len(self.num_tokens))
+        slots, counts = self._rows()
         samples = r.computed[slots] >= r.total[slots]
         decodes = samples & ((counts == 1) | (self.num_steps > 1))
         num_decodes = int(np.count_nonzero(decodes))

@@ -6,6 +6,7 @@ columns, where a whole batch is advanced at once) or *finished*.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -121,7 +122,9 @@ class Request:
     def pages_of_tokens(self, count: int, page_size: int) -> Sequence[bytes]:
         """The tokens of the first `count` full pages, one `bytes` a page: the prefix cache's keys."""
         known = self._pages_of_tokens
-        if len(known) < count:
+        if len(known) == count - 1 and (start := (count - 1) * page_size - len(self.prompt)) >= 0:
+            known.append(array("i", self.output_token_ids[start : start + page_size]).tobytes())
+        elif len(known) < count:
             fresh = self.tokens(len(known) * page_size, count * page_size).tobytes()
             width = page_size * 4
             known.extend(fresh[i : i + width] for i in range(0, len(fresh), width))

@@ -150,12 +150,12 @@ class Scheduler:
         except _PolicyFailed as failure:
             self._report_policy_error(failure)
             self._fill(draft, self._fcfs, view)
-        if not draft.num_tokens and self.requests and not self.residents.pending.any():
+        if draft.empty and self.requests and not self.residents.pending.any():
             self.num_policy_stalls += 1
             draft = replace(self._draft(self._fcfs, view), preempted=draft.preempted, ignore_protection=True)
             draft.considered.update(request.id for request in draft.preempted)
             self._fill(draft, self._fcfs, view)
-        if not draft.at_once:
+        if draft.at_once is None:
             draft.num_steps = 1
         plan = draft.finish(self.num_plans, self.residents)
         for request in plan.requests[plan.num_decodes :]:
@@ -198,7 +198,6 @@ class Scheduler:
         """All residents, in admission order."""
         draft.residents_done = True
         if not draft.considered and self._run_all_at_once(draft):
-            draft.at_once = True
             return
         draft.may_unplan = not draft.num_tokens
         for request in self.residents.in_order():
@@ -384,13 +383,15 @@ class Scheduler:
             request.output_token_ids += value
         for i in np.flatnonzero(before == r.prompt_len[slots]).tolist():
             requests[i].first_token_at = now
-        self.memory.publish(slots[done])  # of those that go on, the next plan does it
         finished = [requests[i] for i in np.flatnonzero(done).tolist()]
+        if finished:
+            self.memory.publish(slots[done])  # of those that go on, the next plan does it
         for request, stop in zip(finished, stopped[done].tolist(), strict=True):
             self._end(request, stop, now)
         self._forgive(requests)
-        late = [row for row in np.flatnonzero(plan.samples & ~here).tolist()]
-        output = self._with_late(StepOutput(requests, values, rows, finished), plan, late, tokens, now)
+        output = StepOutput(requests, values, rows, finished)
+        if not here.all():
+            output = self._with_late(output, plan, np.flatnonzero(plan.samples & ~here).tolist(), tokens, now)
         if overrides(self.policy, "on_step"):
             self._report_step(plan, output, now, seconds)
         return output
@@ -398,6 +399,9 @@ class Scheduler:
     def _stops(self, slots: Ints, new: IntArray, before: Ints, planned: Ints) -> tuple[Ints, BoolArray]:
         """How many of the new tokens [rows, num_steps] count, and whether the last of them is a stop token."""
         r, index = self.residents, np.arange(new.shape[1])
+        if len(index) == 1:
+            stopped = (new == r.stop_ids[slots]).any(axis=1) & (before + 1 >= r.min_total[slots])
+            return planned, stopped
         stops = (new[:, :, None] == r.stop_ids[slots][:, None, :]).any(axis=2)
         stops &= (before[:, None] + index + 1 >= r.min_total[slots][:, None]) & (index < planned[:, None])
         stopped = stops.any(axis=1)
