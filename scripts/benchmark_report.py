@@ -15,11 +15,21 @@ def environment() -> dict:
     packages = ("jax", "jaxlib", "flax", "numpy", "transformers", "torch")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *without_output_path(sys.argv)]),
         "hardware": hardware(),
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},
     }
+
+
+def without_output_path(argv: list[str]) -> list[str]:
+    """The arguments but for where the results go, which says nothing about them."""
+    kept, skip = [], False
+    for argument in argv:
+        if not skip and argument not in ("--output-json", "--out"):
+            kept.append(argument)
+        skip = argument in ("--output-json", "--out")
+    return kept
 
 
 def hardware() -> str:

@@ -137,4 +137,6 @@ def _row_of_token(query_starts: jax.Array, num_tokens: int) -> jax.Array:
 def page_table_entries(plan: StepPlan, max_pages: int) -> np.ndarray:
     """The plan's page updates as i64[U, 2]: (flat index into the page table, page)."""
     updates = plan.page_updates
-    return np.stack([updates[:, 0] * max_pages + updates[:, 1], updates[:, 2]], axis=1)
+    entries = np.empty((len(updates), 2), np.int64)
+    entries[:, 0], entries[:, 1] = updates[:, 0] * max_pages + updates[:, 1], updates[:, 2]
+    return entries

@@ -72,7 +72,9 @@ class KVMemory:
             return
         r = self._residents
         full = np.minimum(r.computed[slots], r.total[slots] - r.pending[slots]) // self.page_size
-        fresh = full > r.cached_pages[slots]
+        fresh = np.flatnonzero(full > r.cached_pages[slots])
+        if not len(fresh):
+            return
         slots, full = slots[fresh], full[fresh]
         first, uids = r.cached_pages[slots].tolist(), r.cache_uid[slots].tolist()
         for i, (request, end) in enumerate(zip(r.requests_of(slots), full.tolist(), strict=True)):

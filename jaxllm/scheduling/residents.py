@@ -90,7 +90,9 @@ class Residents:
         behind = slots[self.num_pages[slots] > self.sent_pages[slots]]
         rows, columns = _cells(behind, self.sent_pages[behind], self.num_pages[behind] - self.sent_pages[behind])
         self.sent_pages[behind] = self.num_pages[behind]
-        return np.stack([rows, columns, self.pages[rows, columns]], axis=1)
+        updates = np.empty((len(rows), 3), np.int64)
+        updates[:, 0], updates[:, 1], updates[:, 2] = rows, columns, self.pages[rows, columns]
+        return updates
 
     def append_pages(self, slots: Ints, counts: Ints, pages: list[int]) -> None:
         """Appends counts[i] of `pages` to slots[i], in this order."""
