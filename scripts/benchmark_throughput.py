@@ -121,8 +121,11 @@ def run_jaxllm(requests: list[Request], args: argparse.Namespace) -> dict:
         SamplingParams(n=args.n, temperature=args.temperature, max_tokens=length, ignore_eos=True)
         for _, length in requests
     ]
+    prompts = [ids for ids, _ in requests]
+    warm_up = prompts[: llm.llm_engine.config.max_num_seqs]  # as the hf backend does: its first batch, two tokens
+    llm.generate(warm_up, SamplingParams(temperature=args.temperature, max_tokens=2, ignore_eos=True), use_tqdm=False)
     start = time.perf_counter()
-    outputs = llm.generate([ids for ids, _ in requests], params)
+    outputs = llm.generate(prompts, params)
     elapsed = time.perf_counter() - start
     for (_, length), output in zip(requests, outputs, strict=True):
         assert all(len(answer.token_ids) == length for answer in output.outputs)
