@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(bin)/jaxllm generate "Once upon a time" --max-tokens 120
 
 test: $(VENV)/.installed-test
-	$(bin)/python -m pytest $(TESTS)
+	$(bin)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(bin)/ruff check .
