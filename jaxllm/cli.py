@@ -115,6 +115,7 @@ def run_generate(args: argparse.Namespace) -> int:
     prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
+    sampling_params(args, SamplingParams(max_tokens=None))  # a bad value is refused before anything is loaded
     llm = LLM(**(_few_sequences(len(prompts) * (args.n or 1)) | engine_args(args)))
     params = sampling_params(args, _longer(llm.get_default_sampling_params()))
     if args.no_stream or len(prompts) > 1 or params.n > 1:
@@ -131,6 +132,7 @@ def run_generate(args: argparse.Namespace) -> int:
 def run_chat(args: argparse.Namespace) -> int:
     from jaxllm.llm import LLM
 
+    sampling_params(args, SamplingParams(max_tokens=None))  # a bad value is refused before anything is loaded
     llm = LLM(**(_few_sequences(1) | engine_args(args)))
     tokenizer = llm.llm_engine.tokenizer
     if tokenizer is None:
