@@ -3,7 +3,12 @@
 import os
 import tempfile
 
+import hypothesis
 import pytest
+
+# The same examples each time: a change is not to fail by another's bad luck. `--hypothesis-profile default` looks afresh.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("steady")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu" if os.environ.get("JAXLLM_TEST_GPU") is None else "")
 os.environ.setdefault("JAXLLM_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"jaxllm-tests-{os.getuid()}"))
