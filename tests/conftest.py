@@ -6,7 +6,7 @@ import tempfile
 import hypothesis
 import pytest
 
-# The same examples each time: a change is not to fail by another's bad luck. `--hypothesis-profile default` looks afresh.
+# The same examples each time, lest a change fail by another's bad luck. --hypothesis-profile default looks afresh.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
 
