@@ -286,8 +286,6 @@ class LLMEngine:
         return list(ids)
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
-        if not ids:
-            raise ValueError("the prompt is empty: it needs at least one token")
         if params.logprobs is not None and params.logprobs > self.config.max_logprobs:
             raise ValueError(f"logprobs={params.logprobs} exceeds the engine's max_logprobs={self.config.max_logprobs}")
         if params.stop and self.tokenizer is None:

@@ -21,6 +21,16 @@ TINY_LLAMA = {
     "eos_token_id": None,  # generation never stops by itself
 }
 
+# What may differ between checkpoints of this architecture, besides the rope type.
+LLAMA_VARIANTS = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "mqa": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_dim": {"head_dim": 16},
+}
+
 
 def tiny_llama(seed: int = 0, **config: Any):
     """A `transformers.LlamaForCausalLM` in float32; `config` replaces entries of TINY_LLAMA."""

@@ -21,7 +21,7 @@ from jaxllm.scheduling.plan import StepPlan
 _HEADER = 4
 _ROW = 5  # slot, num_tokens, kv_len, samples, prompt_len; then the sampling parameters
 ROW_WIDTH = _ROW + SamplingTable.width
-_NO_ENTRY = np.iinfo(np.int32).max  # an index that is always out of range, and dropped
+NO_ENTRY = np.iinfo(np.int32).max  # an index that is always out of range, and dropped
 
 
 class DeviceState(NamedTuple):
@@ -89,7 +89,7 @@ class InputLayout:
         start += rows.size
         entries = packed[start : start + 2 * self.num_updates].reshape(-1, 2)
         entries[: len(updates)] = updates
-        entries[len(updates) :, 0] = _NO_ENTRY
+        entries[len(updates) :, 0] = NO_ENTRY
         start += entries.size
         packed[start : start + len(plan.tokens)] = plan.tokens
         return packed
@@ -101,8 +101,7 @@ class InputLayout:
         parts = jnp.split(packed[_HEADER:], np.cumsum([S * ROW_WIDTH, 2 * self.num_updates]))
         rows, updates, token_ids = parts[0].reshape(S, -1), parts[1].reshape(-1, 2), parts[2]
         slots, counts, kv_lens, _, prompt_lens = (rows[:, i] for i in range(_ROW))
-        table = state.page_table.reshape(-1).at[updates[:, 0]].set(updates[:, 1], mode="drop")
-        state = DeviceState(table.reshape(state.page_table.shape), state.last_token)
+        state = write_page_table(state, updates)
         query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
         index = jnp.arange(T, dtype=jnp.int32)
         seq_ids = index if self.shape.decode_only else _row_of_token(query_starts, T)
@@ -126,6 +125,12 @@ class InputLayout:
         )
         last = jnp.maximum(query_starts[1:] - 1, 0)
         return UnpackedStep(batch, last, rows, state)
+
+
+def write_page_table(state: DeviceState, entries: jax.Array) -> DeviceState:
+    """Writes entries i32[U, 2] of (flat index, page); those with index NO_ENTRY are padding."""
+    table = state.page_table.reshape(-1).at[entries[:, 0]].set(entries[:, 1], mode="drop")
+    return DeviceState(table.reshape(state.page_table.shape), state.last_token)
 
 
 def _row_of_token(query_starts: jax.Array, num_tokens: int) -> jax.Array:

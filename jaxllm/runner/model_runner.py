@@ -13,10 +13,17 @@ from jaxllm.config import EngineConfig
 from jaxllm.models.interface import KVPages, LayerKV, Network, Params
 from jaxllm.runner import kv_pool
 from jaxllm.runner.executables import Executables, use_persistent_cache
-from jaxllm.runner.inputs import ROW_WIDTH, DeviceState, InputLayout, page_table_entries
+from jaxllm.runner.inputs import (
+    NO_ENTRY,
+    ROW_WIDTH,
+    DeviceState,
+    InputLayout,
+    page_table_entries,
+    write_page_table,
+)
 from jaxllm.runner.sampler import Level, Logprobs, SamplingTable
 from jaxllm.runner.shapes import SampleShape, ShapeLadder, StepShape
-from jaxllm.runner.step import StepOutputs, make_forward, make_sampler, write_page_table
+from jaxllm.runner.step import StepOutputs, make_forward, make_sampler
 from jaxllm.scheduling import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -130,7 +137,7 @@ class ModelRunner:
         """Writes what the step cannot carry (long prefix-cache hits) ahead of it; returns the rest."""
         while len(entries) > room:
             surplus, entries = entries[:_TABLE_ENTRIES], entries[_TABLE_ENTRIES:]
-            padded = np.full((_TABLE_ENTRIES, 2), np.iinfo(np.int32).max, np.int32)
+            padded = np.full((_TABLE_ENTRIES, 2), NO_ENTRY, np.int32)
             padded[: len(surplus)] = surplus
             self._state = self.executables[_WRITE_TABLE](self._state, padded)
         return entries

@@ -60,7 +60,7 @@ class SamplingSpec:
 class SamplingTable:
     """The host's table of every slot's sampling parameters: i32[max_num_seqs, width], floats by their bits."""
 
-    width: ClassVar[int] = 8 + MAX_STOP_IDS
+    width: ClassVar[int] = 7 + MAX_STOP_IDS
 
     def __init__(self, max_num_seqs: int) -> None:
         self.rows = np.zeros((max_num_seqs, self.width), np.int32)
@@ -72,9 +72,9 @@ class SamplingTable:
         row[:3] = np.array([spec.temperature, spec.top_p, spec.min_p], np.float32).view(np.int32)
         row[3] = spec.top_k
         row[4:6] = np.array([spec.seed & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int32)
-        row[6:8] = spec.num_logprobs, spec.min_tokens
-        row[8:] = -1
-        row[8 : 8 + len(spec.masked_ids)] = spec.masked_ids
+        row[6] = spec.min_tokens
+        row[7:] = -1
+        row[7 : 7 + len(spec.masked_ids)] = spec.masked_ids
         self.prompt_len[slot] = prompt_len
         self.level[slot] = spec.level
 
@@ -94,7 +94,7 @@ class SamplingRows(NamedTuple):
     def unpack(cls, rows: jax.Array, kv_lens: jax.Array, prompt_lens: jax.Array) -> "SamplingRows":
         floats = jax.lax.bitcast_convert_type(rows[:, :3], jnp.float32)
         generated = kv_lens - prompt_lens
-        masked = jnp.where((generated < rows[:, 7])[:, None], rows[:, 8:], -1)
+        masked = jnp.where((generated < rows[:, 6])[:, None], rows[:, 7:], -1)
         seed = jax.lax.bitcast_convert_type(rows[:, 4:6], jnp.uint32)
         in_use = kv_lens > 0
         return cls(

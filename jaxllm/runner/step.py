@@ -48,9 +48,3 @@ def make_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
         return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens, logprobs)
 
     return sample_tokens
-
-
-def write_page_table(state: DeviceState, entries: jax.Array) -> DeviceState:
-    """Writes entries i32[U, 2] of (flat index, page) ahead of a step that has more of them than it can carry."""
-    table = state.page_table.reshape(-1).at[entries[:, 0]].set(entries[:, 1], mode="drop")
-    return DeviceState(table.reshape(state.page_table.shape), state.last_token)

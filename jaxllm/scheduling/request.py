@@ -77,7 +77,6 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first admitted
     first_scheduled_at: float | None = None
     first_token_at: float | None = None
-    last_token_at: float | None = None
     slot: int = -1
     _residents: Residents | None = None
     _pages_of_tokens: list[bytes] = field(default_factory=list)

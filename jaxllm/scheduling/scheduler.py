@@ -157,11 +157,7 @@ class Scheduler:
             self._fill(draft, self._fcfs, view)
         if draft.at_once is None:
             draft.num_steps = 1
-        plan = draft.finish(self.num_plans, self.residents)
-        for request in plan.requests[plan.num_decodes :]:
-            if request.first_scheduled_at is None:
-                request.first_scheduled_at = now
-        return plan
+        return draft.finish(self.num_plans, self.residents)
 
     def _draft(self, policy: Policy, view: SchedulerView) -> Draft:
         budget = Budget(self.config.max_num_batched_tokens)
@@ -213,13 +209,13 @@ class Scheduler:
         remaining = self._remaining(slots)
         counts = draft.sizes(remaining)
         several = self._several_steps(draft.num_steps, remaining, counts)
-        if several is not None and self._fits(slots, several):
+        if several is not None and (pages := self._free_pages_for(slots, several)) is not None:
             counts, draft.num_steps = several, int(several.max())
-        elif self._fits(slots, counts):
+        elif (pages := self._free_pages_for(slots, counts)) is not None:
             draft.num_steps = 1
         else:
             return False
-        self.memory.grow(slots, self._pages_for(slots, counts))
+        self.memory.grow(slots, pages)
         r.computed[slots] += counts
         runs = counts > 0
         draft.take_all(slots[runs], counts[runs], remaining[runs])
@@ -241,14 +237,11 @@ class Scheduler:
         several: Ints = np.where(decoding, np.minimum(num_steps, r.limit[slots] - r.total[slots]), 0)
         return several
 
-    def _pages_for(self, slots: Ints, counts: Ints) -> Ints:
-        """Pages that each slot lacks to compute `counts` more tokens."""
+    def _free_pages_for(self, slots: Ints, counts: Ints) -> Ints | None:
+        """Pages that each slot lacks to compute `counts` more tokens; None if fewer than all of them are free."""
         r = self.residents
         lacking: Ints = np.maximum(-(-(r.computed[slots] + counts) // self.config.page_size) - r.num_pages[slots], 0)
-        return lacking
-
-    def _fits(self, slots: Ints, counts: Ints) -> bool:
-        return int(self._pages_for(slots, counts).sum()) <= self.memory.pool.num_free
+        return lacking if int(lacking.sum()) <= self.memory.pool.num_free else None
 
     def _remaining(self, slots: Ints) -> Ints:
         """Tokens that each slot has to catch up with; 0 once its last token is in flight."""
@@ -335,6 +328,8 @@ class Scheduler:
         slot = self.residents.add(request, self._limit(request))
         self.waiting.remove(request)
         self.memory.begin(request, hits)
+        if request.first_scheduled_at is None:
+            request.first_scheduled_at = view.now
         self.memory.grow(np.array([slot]), np.array([self.memory.pages_for(start + count) - len(hits)]))
         self.residents.computed[slot] += count
         draft.take(slot, count, remaining)

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import jaxllm  # noqa: E402
-from tests.checkpoints import TINY_LLAMA, save_checkpoint, tiny_llama  # noqa: E402
+from tests.checkpoints import LLAMA_VARIANTS, TINY_LLAMA, save_checkpoint, tiny_llama  # noqa: E402
 
 NUM_TOKENS = 24
 TOLERANCE = 2e-3  # of log probabilities
@@ -20,12 +20,7 @@ def rope(rope_type, max_positions=MAX_MODEL_LEN, **settings):
 
 
 VARIANTS = {
-    "gqa": {},
-    "mha": {"num_key_value_heads": 4},
-    "mqa": {"num_key_value_heads": 1},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "head_dim": {"head_dim": 16},
+    **LLAMA_VARIANTS,
     "rope_linear": rope("linear", 32, factor=4.0),
     "rope_dynamic": rope("dynamic", 32, factor=4.0),
     "rope_llama3": rope(

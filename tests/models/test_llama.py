@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from jaxllm.models import ModelConfig, build, load_params  # noqa: E402
-from tests.checkpoints import save_checkpoint, tiny_llama  # noqa: E402
+from tests.checkpoints import LLAMA_VARIANTS, save_checkpoint, tiny_llama  # noqa: E402
 from tests.models.stepping import Stepper, greedy  # noqa: E402
 
 TOLERANCE = 2e-3
@@ -18,12 +18,7 @@ def rope(rope_type, **settings):
 
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 VARIANTS = {
-    "gqa": {},
-    "mha": {"num_key_value_heads": 4},
-    "mqa": {"num_key_value_heads": 1},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "head_dim": {"head_dim": 16},
+    **LLAMA_VARIANTS,
     "gelu": {"hidden_act": "gelu_pytorch_tanh"},
     "rope_theta": rope("default") | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "rope_linear": rope("linear", factor=4.0),

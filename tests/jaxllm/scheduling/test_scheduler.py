@@ -153,6 +153,13 @@ def test_requests_admitted_to_one_step_share_the_prompt():
     assert run.plans[0] == "b+1, a+9"  # b finds the two pages that a fills in this very step
 
 
+def test_a_prompt_of_one_token_has_a_time_of_admission_and_is_looked_up_once():
+    scheduler = Scheduler(config())
+    one = request("a", 1, 3)
+    run_all(scheduler, [one])
+    assert one.first_scheduled_at == 0.0 and scheduler.memory.queried_tokens == 1
+
+
 def test_other_salt_no_hit():
     scheduler = Scheduler(config())
     run = run_all(scheduler, [request("a", 9, 1), request("b", 9, 1, cache_salt="x")], ahead=0)
