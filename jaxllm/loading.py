@@ -70,15 +70,14 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     claim_device_memory(config.gpu_memory_utilization)
     import jax
 
-    from jaxllm.models.config import ModelConfig
-    from jaxllm.models.registry import build
+    from jaxllm.models.registry import build, read_config
     from jaxllm.runner.kv_pool import device_memory
     from jaxllm.runner.model_runner import ModelRunner
 
     checkpoint = open_checkpoint(config)
     if checkpoint.folder is None and params is None and config.load_format != "dummy":
         raise ValueError('model is a config without weights: pass params=, or load_format="dummy" for random weights')
-    model_config = ModelConfig.from_hf(checkpoint.config)
+    model_config = read_config(checkpoint.config)
     device = jax.devices()[0]
     network = build(model_config, _dtype(config.dtype, model_config.dtype, device.platform))
     memory = device_memory(device)

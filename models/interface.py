@@ -63,6 +63,7 @@ class Model(Protocol):
     `weight_names` maps a checkpoint's names to ours, one row per module: `(checkpoint name, our path)` or
     `(checkpoint name, our path, part of a merged weight)`. `{}` stands for a layer's number, and the last word
     ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
+    A family whose config.json has keys of its own names a subclass of ModelConfig in `config_class`.
     """
 
     weight_names: ClassVar[tuple[tuple[str, ...], ...]]
