@@ -23,11 +23,13 @@ from jaxllm.runner.inputs import (
 )
 from jaxllm.runner.sampler import Level, Logprobs, SamplingTable
 from jaxllm.runner.shapes import SampleShape, ShapeLadder, StepShape
-from jaxllm.runner.step import StepOutputs, make_forward, make_sampler
+from jaxllm.runner.step import StepOutputs, make_decode_loop, make_forward, make_sampler
 from jaxllm.scheduling import StepPlan
 
 logger = logging.getLogger(__name__)
 
+# Greedy decode steps in one program. On a CPU handing a step over costs little beside the step, and compiling much.
+LOOP_STEPS = {"cpu": 1, "gpu": 8}
 _TABLE_ENTRIES = 1024  # page-table entries that one call of write_page_table takes
 _WRITE_TABLE = "page table"  # its key among the executables
 
@@ -41,12 +43,10 @@ class RunnerResult:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """i32[num_steps, S]; -1 where a row took no part in a step. Waits for the device."""
-        tokens = np.full((len(self._outputs), self._num_rows), -1, np.int32)
-        for step, outputs in enumerate(self._outputs):
-            values = np.asarray(outputs.tokens)[: self._num_rows]
-            tokens[step, : len(values)] = values
-        return tokens
+        """i32[num_steps, S]; meaningless where a row takes no part in a step. Waits for the device."""
+        parts = [np.asarray(outputs.tokens)[:, : self._num_rows] for outputs in self._outputs]
+        # Rows are sorted, those with the most steps first: later parts may have fewer.
+        return np.concatenate([np.pad(part, ((0, 0), (0, self._num_rows - part.shape[1]))) for part in parts])
 
     @cached_property
     def logprobs(self) -> list[Logprobs]:
@@ -79,9 +79,11 @@ class ModelRunner:
             use_persistent_cache()
         self.network, self.params, self.config = network, params, config
         self.max_pages = -(-config.max_model_len // config.block_size)
+        platform = _device_of(params).platform
         # On a CPU compiling is slow, and a padded token cheap compared with it.
-        growth = 4 if _device_of(params).platform == "cpu" else 2
-        self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth)
+        growth = 4 if platform == "cpu" else 2
+        self.loop_steps = min(LOOP_STEPS.get(platform, LOOP_STEPS["gpu"]), config.num_scheduler_steps)
+        self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth, self.loop_steps)
         self.sampling = SamplingTable(config.max_num_seqs)
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
         self._kv_dtype = network.dtype
@@ -109,21 +111,30 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> RunnerPending:
         """Hands a plan to the device and returns without waiting for it."""
         self._meet_new_requests(plan)
-        outputs = [self._submit_step(step) for step in plan.single_steps()]
+        level = Level(self.sampling.level[plan.slots].max())
+        loops = plan.num_steps // self.loop_steps if self.loop_steps > 1 and level == Level.GREEDY else 0
+        sizes = [self.loop_steps] * loops + [1] * (plan.num_steps - loops * self.loop_steps)
+        outputs = [self._submit_part(part, level) for part in plan.split(sizes)]
         for one in outputs:
             one.tokens.copy_to_host_async()
         return RunnerPending(outputs, len(plan.slots))
 
-    def _submit_step(self, plan: StepPlan) -> StepOutputs:
-        shape = self.ladder.fit(len(plan.tokens), len(plan.slots), plan.num_decodes == len(plan.slots))
+    def _submit_part(self, plan: StepPlan, level: Level) -> StepOutputs:
+        """One program's work: a step, or a loop of them."""
+        decode_only = plan.num_decodes == len(plan.slots)
+        shape = self.ladder.fit(len(plan.tokens), len(plan.slots), decode_only, loop=plan.num_steps > 1)
         layout = self._layout(shape)
         updates = self._send_surplus(page_table_entries(plan, self.max_pages), layout.num_updates)
         packed = layout.pack(plan, self.sampling, updates)
+        if shape.num_steps > 1:
+            self._kv, self._state, outputs = self.executables[shape](self.params, self._kv, self._state, packed)
+            return outputs
         forward = self.executables[shape]
-        sample = self.executables[SampleShape(shape.num_rows, Level(self.sampling.level[plan.slots].max()))]
-        self._kv, state, logits, rows = forward(self.params, self._kv, self._state, packed)
-        last_token, outputs = sample(state.last_token, logits, rows)
-        self._state = DeviceState(state.page_table, last_token)
+        self._kv, state, outputs, logits, rows = forward(self.params, self._kv, self._state, packed)
+        if level > Level.GREEDY:
+            last_token, outputs = self.executables[SampleShape(shape.num_rows, level)](state.last_token, logits, rows)
+            state = state._replace(last_token=last_token)
+        self._state = state
         return outputs
 
     def _meet_new_requests(self, plan: StepPlan) -> None:
@@ -169,8 +180,9 @@ class ModelRunner:
     def _lower_forward(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
         kv, state = self._abstract_state(num_pages)
         layout = self._layout(shape)
-        forward = make_forward(self.network, layout)
-        forward.__name__ = f"{'decode' if shape.decode_only else 'mixed'}_{shape.num_tokens}"
+        make = make_decode_loop if shape.num_steps > 1 else make_forward
+        forward = make(self.network, layout)
+        forward.__name__ = str(shape).replace(", ", "_").replace(" ", "_")
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
         return jax.jit(forward, donate_argnums=(1, 2)).lower(params, kv, state, packed)
@@ -179,7 +191,7 @@ class ModelRunner:
     def program_keys(self) -> list[StepShape | SampleShape | str]:
         """Everything that the runner may ever run; the largest programs first, for they take longest to compile."""
         rows = sorted({shape.num_rows for shape in self.ladder.all})
-        samplers = [SampleShape(count, level) for count in rows for level in Level]
+        samplers = [SampleShape(count, level) for count in rows for level in Level if level > Level.GREEDY]
         return [*reversed(self.ladder.all), *samplers, _WRITE_TABLE]
 
     def _warm_up(self) -> None:
@@ -213,7 +225,7 @@ class ModelRunner:
         forward = self._lower_forward(shape, self.num_pages).compile()
         sampler = self._lower(SampleShape(shape.num_rows, Level.FULL)).compile()
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
-        self._kv, state, logits, rows = forward(self.params, self._kv, self._state, idle)
+        self._kv, state, _, logits, rows = forward(self.params, self._kv, self._state, idle)
         jax.block_until_ready(sampler(state.last_token, logits, rows))
         step_bytes = max(program.memory_analysis().temp_size_in_bytes for program in (forward, sampler))
         step_bytes += 2 * logits.nbytes  # of this step and of the one ahead

@@ -1,42 +1,76 @@
-"""The device's work of a step, as two jitted functions: one for each shape of the ladder, one for each sampling level.
+"""The device's work of a step, as jitted functions: one for each shape of the ladder, and samplers.
 
-    packed inputs -> batch -> network -> logits of each row's last token
-                                         logits -> sampled token -> last_token of its slot
+    packed inputs -> batch -> network -> logits of each row's last token -> likeliest token -> last_token of its slot
+                                                            logits -> sampled token -> last_token of its slot
 
-They are two so that what sampling needs does not multiply the shapes of the network, which take long to compile.
+A step whose rows all want the likeliest token is one program, and so are several such decode steps in a row. Whatever
+else sampling needs is a program of its own that runs after it, so that it does not multiply the shapes of the network,
+which take long to compile.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.models.interface import KVPages, Network, Params
-from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows
-from jaxllm.runner.sampler import Level, Logprobs, sample
+from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows, UnpackedStep
+from jaxllm.runner.sampler import Level, Logprobs, argmax, sample
 
 
 class StepOutputs(NamedTuple):
-    tokens: jax.Array  # i32[S]; meaningless for rows that don't sample
+    tokens: jax.Array  # i32[num_steps, S]; meaningless where a row does not sample
     logprobs: Logprobs | None
 
 
 def make_forward(network: Network, layout: InputLayout):
-    """forward(params, kv, state, packed) -> (kv, state, logits f32[S, V], rows i32[S, row width]).
+    """forward(params, kv, state, packed) -> (kv, state, StepOutputs of the likeliest tokens, logits f32[S, V], rows).
 
-    `kv` and `state` are to be donated; `rows` is for the sampler.
+    `kv` and `state` are to be donated; `logits` and `rows` i32[S, row width] are for the sampler.
     """
 
     def forward(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
-        inputs = layout.unpack(packed, state, num_pages=kv[0].k.shape[0])
-        with jax.named_scope("forward"):
-            hidden, kv = network.forward(params, kv, inputs.batch)
-        with jax.named_scope("logits"):
-            if not layout.shape.decode_only:
-                hidden = hidden[inputs.last_positions]
-            logits = network.logits(params, hidden)
-        return kv, inputs.state, logits, inputs.rows
+        step = layout.unpack(packed, state, num_pages=kv[0].k.shape[0])
+        kv, state, tokens, logits = _greedy_step(network, layout, params, kv, step)
+        return kv, state, StepOutputs(tokens[None], None), logits, step.rows
 
     return forward
+
+
+def make_decode_loop(network: Network, layout: InputLayout):
+    """decode(params, kv, state, packed) -> (kv, state, StepOutputs): layout.shape.num_steps greedy decode steps.
+
+    The number of steps is part of the program: were it not, the host would wait for each step to see if it is the last.
+    """
+
+    def decode(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
+        num_pages, num_steps = kv[0].k.shape[0], layout.shape.num_steps
+        state = layout.update_page_table(packed, state)
+
+        def one_step(i, carry):
+            kv, state, tokens = carry
+            step = layout.unpack_decode(packed, state, num_pages, i)
+            kv, state, new, _ = _greedy_step(network, layout, params, kv, step)
+            return kv, state, tokens.at[i].set(new)
+
+        tokens = jnp.zeros((num_steps, layout.shape.num_rows), jnp.int32)
+        kv, state, tokens = jax.lax.fori_loop(0, num_steps, one_step, (kv, state, tokens))
+        return kv, state, StepOutputs(tokens, None)
+
+    return decode
+
+
+def _greedy_step(network: Network, layout: InputLayout, params: Params, kv: KVPages, step: UnpackedStep):
+    with jax.named_scope("forward"):
+        hidden, kv = network.forward(params, kv, step.batch)
+    with jax.named_scope("logits"):
+        if not layout.shape.decode_only:
+            hidden = hidden[step.last_positions]
+        logits = network.logits(params, hidden)
+    tokens = argmax(logits)
+    slots = UnpackedRows.of(step.rows, layout.max_num_seqs).slots
+    slots = jnp.where(step.batch.kv_lens > 0, slots, layout.max_num_seqs)
+    return kv, step.state.with_last_tokens(slots, tokens), tokens, logits
 
 
 def make_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
@@ -45,6 +79,6 @@ def make_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
     def sample_tokens(last_token: jax.Array, logits: jax.Array, rows: jax.Array):
         slots, sampling = UnpackedRows.of(rows, max_num_seqs)
         tokens, logprobs = sample(logits, sampling, level, max_logprobs)
-        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens, logprobs)
+        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens[None], logprobs)
 
     return sample_tokens
