@@ -94,6 +94,7 @@ class Network:
     def __init__(self, module: nnx.Module, config: ModelConfig, dtype: jnp.dtype):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.module_class = type(module)
         self.weight_names = module.weight_names
         self.ignored_weights = module.ignored_weights
         self.kv_shapes = module.kv_shapes

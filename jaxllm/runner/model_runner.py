@@ -21,6 +21,7 @@ from jaxllm.runner.inputs import (
     page_table_entries,
     write_page_table,
 )
+from jaxllm.runner.program_cache import ProgramCache
 from jaxllm.runner.sampler import Level, Logprobs, SamplingTable
 from jaxllm.runner.shapes import SampleShape, ShapeLadder, StepShape
 from jaxllm.runner.step import StepOutputs, make_decode_loop, make_forward, make_sampler
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Greedy decode steps in one program. On a CPU handing a step over costs little beside the step, and compiling much.
 LOOP_STEPS = {"cpu": 1, "gpu": 8}
+LOOP_WEIGHT_BYTES = 4 * 10**9  # that a GPU reads in a millisecond or so
 _TABLE_ENTRIES = 1024  # page-table entries that one call of write_page_table takes
 _WRITE_TABLE = "page table"  # its key among the executables
 
@@ -75,14 +77,13 @@ class ModelRunner:
     """
 
     def __init__(self, network: Network, params: Params, config: EngineConfig, shrink_model_len: bool = False) -> None:
-        if not config.enforce_eager:
-            use_persistent_cache()
+        self._cache_folder = None if config.enforce_eager else use_persistent_cache()
         self.network, self.params, self.config = network, params, config
         self.max_pages = -(-config.max_model_len // config.block_size)
         platform = _device_of(params).platform
         # On a CPU compiling is slow, and a padded token cheap compared with it.
         growth = 4 if platform == "cpu" else 2
-        self.loop_steps = min(LOOP_STEPS.get(platform, LOOP_STEPS["gpu"]), config.num_scheduler_steps)
+        self.loop_steps = self._choose_loop_steps(platform)
         self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth, self.loop_steps)
         self.sampling = SamplingTable(config.max_num_seqs)
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
@@ -92,7 +93,7 @@ class ModelRunner:
         if shrink_model_len:
             self._shrink_model_len()
         kv_pool.check_holds_one_sequence(self.num_pages, config.block_size, self.config.max_model_len, self._page_bytes)
-        self.executables = Executables(self._lower)
+        self.executables = self._programs()
         if not config.enforce_eager:  # before the KV pages: tuning a matrix product takes memory of its own
             self._warm_up()
         self.reset()
@@ -155,6 +156,26 @@ class ModelRunner:
 
     # --- start-up
 
+    def _choose_loop_steps(self, platform: str) -> int:
+        """1 where a step is so long that the loop (see scheduling.loop) takes no more than one at a time."""
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        if platform != "cpu" and weights > LOOP_WEIGHT_BYTES:
+            return 1
+        return min(LOOP_STEPS.get(platform, LOOP_STEPS["gpu"]), self.config.num_scheduler_steps)
+
+    def _programs(self) -> Executables:
+        """The programs for the present number of pages."""
+        if self._cache_folder is None:
+            return Executables(self._lower)
+        # Whatever has no part in a program, or no repr of its own.
+        config = dataclasses.replace(
+            self.config, model=None, tokenizer=None, hf_overrides=None, scheduling_policy="fcfs", seed=0
+        )
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), self.params)
+        ingredients = (self.network.config, self._kv_dtype, config, self.max_pages, self.num_pages, shapes)
+        cache = ProgramCache(self._cache_folder / "programs", ingredients, [self.network.module_class])
+        return Executables(self._lower, cache)
+
     def _layout(self, shape: StepShape) -> InputLayout:
         return InputLayout(shape, self.config.block_size, self.config.max_num_seqs, self.max_pages)
 
@@ -175,10 +196,10 @@ class ModelRunner:
             rows = jax.ShapeDtypeStruct((key.num_rows, ROW_WIDTH), jnp.int32)
             sampler = make_sampler(key.level, self.config.max_num_seqs, self.config.max_logprobs)
             return jax.jit(sampler, donate_argnums=0).lower(state.last_token, logits, rows)
-        return self._lower_forward(key, self.num_pages)
+        return self._lower_forward(key)
 
-    def _lower_forward(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
-        kv, state = self._abstract_state(num_pages)
+    def _lower_forward(self, shape: StepShape) -> jax.stages.Lowered:
+        kv, state = self._abstract_state(self.num_pages)
         layout = self._layout(shape)
         make = make_decode_loop if shape.num_steps > 1 else make_forward
         forward = make(self.network, layout)
@@ -222,8 +243,8 @@ class ModelRunner:
         shape = self.ladder.mixed[-1]
         self.num_pages = self.max_pages
         self.reset()
-        forward = self._lower_forward(shape, self.num_pages).compile()
-        sampler = self._lower(SampleShape(shape.num_rows, Level.FULL)).compile()
+        programs = self._programs()
+        forward, sampler = programs[shape], programs[SampleShape(shape.num_rows, Level.FULL)]
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
         self._kv, state, _, logits, rows = forward(self.params, self._kv, self._state, idle)
         jax.block_until_ready(sampler(state.last_token, logits, rows))
