@@ -37,7 +37,9 @@ class StepBatch:
     token_ids: jax.Array  # i32[T]
     positions: jax.Array  # i32[T]
     seq_ids: jax.Array  # i32[T] row of the token; padding: any row
-    slots: jax.Array  # i32[T] where its KV goes: page * page_size + offset; padding: P * page_size or more
+    slots: (
+        jax.Array
+    )  # i32[T] where its KV goes: page * page_size + offset; padding: P * page_size or more. No two equal
     page_table: jax.Array  # i32[S, W]
     kv_lens: jax.Array  # i32[S] KV length with this step's tokens; 0: unused row
     query_starts: jax.Array  # i32[S + 1]

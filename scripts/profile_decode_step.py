@@ -2,10 +2,9 @@
 
     python scripts/profile_decode_step.py --config llama-3.1-8b --rows 1 64 --context 1024 --prefill 16384
 
-Steps are handed over one after the other without waiting, as the engine does. All rows read the same few pages, so a
-decode step's attention reads less memory than that of a real batch would. Kernels are timed by JAX's profiler, which
-runs them one by one and not as a captured graph: their sum is the device's work, and what a step takes beyond it is
-gaps between kernels.
+Steps are handed over one after the other without waiting, as the engine does. Kernels are timed by JAX's profiler,
+which runs them one by one and not as a captured graph: their sum is the device's work, and what a step takes beyond it
+is gaps between kernels.
 """
 
 import argparse
@@ -31,8 +30,17 @@ def decode_plan(rows: int, context: int, runner) -> StepPlan:
     ones = np.ones(rows, np.int64)
     return StepPlan(
         step=0, slots=np.arange(rows), num_tokens=ones, starts=ones * context, samples=ones > 0, num_decodes=rows,
+        page_updates=own_pages(rows, context + 1, runner),
         tokens=np.full(rows, 7, np.int32), generations=np.full(rows, -1, np.int64), requests=[None] * rows,
     )  # fmt: skip
+
+
+def own_pages(rows: int, length: int, runner) -> np.ndarray:
+    """Page updates (slot, column, page) that give every row pages of its own."""
+    pages = -(-length // runner.config.block_size)
+    assert rows * pages <= runner.num_pages, "the KV pool is too small for these rows and this context"
+    slot, column = np.divmod(np.arange(rows * pages), pages)
+    return np.stack([slot, column, np.arange(rows * pages)], axis=1)
 
 
 def prefill_plan(tokens: int, runner) -> StepPlan:
@@ -44,6 +52,7 @@ def prefill_plan(tokens: int, runner) -> StepPlan:
     counts = np.full(rows, length, np.int64)
     return StepPlan(
         step=0, slots=np.arange(rows), num_tokens=counts, starts=counts * 0, samples=counts > 0, num_decodes=0,
+        page_updates=own_pages(rows, length, runner),
         tokens=np.arange(rows * length, dtype=np.int32) % 1000, generations=np.full(rows, -1, np.int64),
         requests=[None] * rows,
     )  # fmt: skip
@@ -73,6 +82,7 @@ def kernel_times(runner, plan: StepPlan, steps: int = 5) -> list[dict]:
 def measure(runner, plan: StepPlan, steps: int) -> dict[str, float]:
     """Milliseconds a step: until the device is done with all of them, and until the host has handed them over."""
     jax.block_until_ready([runner.submit(plan).outputs for _ in range(5)])
+    plan.page_updates = plan.page_updates[:0]
     start = time.perf_counter()
     pending = [runner.submit(plan) for _ in range(steps)]
     handed_over = time.perf_counter() - start

@@ -145,7 +145,8 @@ class InputLayout:
     def _batch(self, rows, state, num_pages, *, in_use, token_ids, positions, seq_ids, **fields) -> StepBatch:
         page_table = state.page_table.at[rows[:, 0]].get(mode="fill", fill_value=0)
         pages = page_table[seq_ids, jnp.clip(positions // self.page_size, 0, self.max_pages - 1)]
-        kv_slots = jnp.where(in_use, pages * self.page_size + positions % self.page_size, num_pages * self.page_size)
+        padding = num_pages * self.page_size + jnp.arange(len(token_ids), dtype=jnp.int32)
+        kv_slots = jnp.where(in_use, pages * self.page_size + positions % self.page_size, padding)
         return StepBatch(
             token_ids=jnp.where(in_use, token_ids, 0),
             positions=jnp.where(in_use, positions, 0),

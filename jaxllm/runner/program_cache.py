@@ -5,6 +5,7 @@ must be traced and lowered first, a second or two each, one after the other. Her
 made of (our sources, versions, device, model, shapes), so that a start with a full cache only reads files.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -67,8 +68,9 @@ class ProgramCache:
 
     def _remove_old(self) -> None:
         for path in self.folder.iterdir():
-            if time.time() - path.stat().st_mtime > _KEEP_SECONDS:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another thread or process was first
+                if time.time() - path.stat().st_mtime > _KEEP_SECONDS:
+                    path.unlink()
 
     def _path(self, key: Any) -> pathlib.Path:
         return self.folder / hashlib.sha256(f"{key!r}\n{self._fingerprint}".encode()).hexdigest()
