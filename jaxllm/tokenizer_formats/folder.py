@@ -54,7 +54,7 @@ def _known_format(folder: Path, settings: dict[str, Any]) -> Any | None:
             return tiktoken_file.glm4(model, settings)
         return sentencepiece_file.chatglm(model, settings)
     if cls not in _SENTENCEPIECE_CLASSES or (folder / "tokenizer.json").is_file():
-        return None
+        return None  # a tokenizer.json was made from it, and has whatever was added since
     if not sentencepiece_file.is_byte_pair(model):
         return None
     return sentencepiece_file.llama(model, settings, read_json(folder / "added_tokens.json"))
@@ -63,7 +63,7 @@ def _known_format(folder: Path, settings: dict[str, Any]) -> Any | None:
 def _by_transformers(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    code = _remote_code(settings)
+    code, cls = _remote_code(settings), (settings.get("tokenizer_class") or "").removesuffix("Fast")
     complete = (folder / "tokenizer.json").is_file()  # it says all that the code would
     if code and not complete and not trust_remote_code:
         raise TokenizerNotFound(
@@ -72,7 +72,8 @@ def _by_transformers(folder: Path, settings: dict[str, Any], trust_remote_code: 
             f"{REMEDIES}"
         )
     try:
-        if code and complete:
+        # transformers 5 builds Llama's anew, without the space that the file puts after special tokens.
+        if complete and (code or cls in _SENTENCEPIECE_CLASSES):
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -89,7 +90,7 @@ def _remote_code(settings: dict[str, Any]) -> tuple[str, str] | None:
     if found is None:
         return None
     module, _, name = found.rpartition(".")
-    return f"{module}.py", name
+    return f"{module.replace('--', '/')}.py", name  # repository--module, if it is in another one
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | dict[str, str] | None:

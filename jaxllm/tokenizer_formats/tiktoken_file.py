@@ -67,13 +67,10 @@ def _read(file: Path) -> dict[str, int]:
         if line:
             try:
                 token, rank = line.split()
-                vocabulary[_characters(base64.b64decode(token, validate=True))] = int(rank)
+                text = base64.b64decode(token, validate=True).decode("latin-1")  # a character for each byte
+                vocabulary[text.translate(CHARACTER_OF_BYTE)] = int(rank)
             except ValueError as error:
                 raise TokenizerNotFound(
                     f"tokenizer: {file}, line {number}, must hold a token in base64 and its rank, got {line[:80]!r}"
                 ) from error
     return vocabulary
-
-
-def _characters(token: bytes) -> str:
-    return "".join(CHARACTER_OF_BYTE[byte] for byte in token)

@@ -10,7 +10,14 @@ from transformers import AddedToken
 from jaxllm.loading import DEFAULT_MODEL
 from jaxllm.tokenizer import Tokenizer
 from jaxllm.tokenizer_formats.parts import TokenizerNotFound
-from tests.tokenizer_folders import ALPHABET, byte_level_bpe, write_folder
+from tests.tokenizer_folders import (
+    ALPHABET,
+    byte_level_bpe,
+    sentencepiece_folder,
+    sentencepiece_model,
+    write_folder,
+    write_ranks,
+)
 
 TEXTS = st.lists(st.sampled_from(ALPHABET), max_size=30).map("".join)
 QWEN2_WORDS = (
@@ -107,6 +114,25 @@ def test_tokenizer_json_with_a_class_of_the_folder_s_own(tmp_path):
     assert tokenizer.eos_token_id == backend.token_to_id("<|end|>")
 
 
+def test_llama_s_tokenizer_json(tmp_path):
+    """As the file has it: a space before the text that follows a special token, and a second one before a space."""
+    pytest.importorskip("sentencepiece")
+    original = Tokenizer.load(sentencepiece_folder(tmp_path / "sentencepiece", sentencepiece_model()))
+    original.hf.save_pretrained(tmp_path / "json")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
+    write_folder(
+        tmp_path / "json",
+        {
+            "config.json": {"model_type": "llama"},
+            "tokenizer_config.json": names | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True},
+        },
+    )
+    tokenizer = Tokenizer.load(tmp_path / "json")
+    for text in ("the token", " the token", "the</s><s>the token 你好 🙂"):
+        assert tokenizer.encode(text) == original.encode(text)
+    assert tokenizer.eos_token_id == 2
+
+
 @pytest.mark.parametrize("auto_map", [["theirs.Theirs", None], {"AutoTokenizer": [None, "theirs.Theirs"]}])
 def test_code_runs_only_when_trusted(tmp_path, auto_map):
     ran = tmp_path / "ran"
@@ -154,8 +180,6 @@ def test_broken_json(tmp_path):
 )
 @pytest.mark.parametrize("known", [True, False], ids=["ours", "transformers"])
 def test_where_chat_templates_are_kept(tmp_path, files, known):
-    from tests.tokenizer_folders import write_ranks
-
     config = {
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"} | files.get("tokenizer_config.json", {})
     }
