@@ -52,12 +52,13 @@ def _known_format(folder: Path, settings: dict[str, Any]) -> Any | None:
     if cls in ("ChatGLMTokenizer", "ChatGLM4Tokenizer"):
         if tiktoken_file.is_tiktoken(model):
             return tiktoken_file.glm4(model, settings)
-        return sentencepiece_file.chatglm(model, settings)
+        return sentencepiece_file.chatglm(sentencepiece_file.Model.read(model), settings)
     if cls not in _SENTENCEPIECE_CLASSES or (folder / "tokenizer.json").is_file():
         return None  # a tokenizer.json was made from it, and has whatever was added since
-    if not sentencepiece_file.is_byte_pair(model):
+    pieces = sentencepiece_file.Model.read(model)
+    if not pieces.byte_pairs:
         return None
-    return sentencepiece_file.llama(model, settings, read_json(folder / "added_tokens.json"))
+    return sentencepiece_file.llama(pieces, settings, read_json(folder / "added_tokens.json"))
 
 
 def _by_transformers(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> Any:

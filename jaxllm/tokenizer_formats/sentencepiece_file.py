@@ -33,7 +33,7 @@ class Model:
     Attributes:
       proto: the file.
       pieces: (text, score, SentencePiece.type) by token id.
-      model_type: TrainerSpec's.
+      byte_pairs: pieces are merged from characters, the best score first.
       byte_fallback: a character that is no piece becomes its bytes, which are.
       charsmap: compiled normalization rules; b"" for none.
       dummy_prefix: text begins with a space, whether it does or not.
@@ -42,7 +42,7 @@ class Model:
 
     proto: bytes
     pieces: list[tuple[str, float, int]]
-    model_type: int
+    byte_pairs: bool
     byte_fallback: bool
     charsmap: bytes
     dummy_prefix: bool
@@ -61,7 +61,7 @@ class Model:
         return cls(
             proto=proto,
             pieces=pieces,
-            model_type=trainer.get(3, 1),
+            byte_pairs=trainer.get(3) == _BPE,
             byte_fallback=bool(trainer.get(35, 0)),
             charsmap=normalizer.get(2, b""),
             dummy_prefix=bool(normalizer.get(3, 1)),
@@ -76,14 +76,10 @@ class Model:
         """Whether merges can say what the scores say: they put all pieces in order, and text is left as it is."""
         scores = [score for text, score, type_ in self.pieces if type_ == _NORMAL and len(text) > 1]
         ordered = len(set(scores)) == len(scores) and {type_ for _, _, type_ in self.pieces} <= _ORDINARY
-        return ordered and not self.charsmap and not self.one_space
+        return self.byte_pairs and ordered and not self.charsmap and not self.one_space
 
 
-def is_byte_pair(file: Path) -> bool:
-    return Model.read(file).model_type == _BPE
-
-
-def llama(file: Path, settings: dict[str, Any], added_tokens: dict[str, int]) -> Any:
+def llama(model: Model, settings: dict[str, Any], added_tokens: dict[str, int]) -> Any:
     """A tokenizer of Llama's kind: <s> before every text unless tokenizer_config.json says otherwise.
 
     Args:
@@ -91,18 +87,17 @@ def llama(file: Path, settings: dict[str, Any], added_tokens: dict[str, int]) ->
         special token begins with a space like that at the start.
       added_tokens: added_tokens.json, {token: id}.
     """
-    model = Model.read(file)
     backend, cutter = _convert(model, after_special=settings.get("legacy") is not False)
-    _add_tokens(backend, settings.get("added_tokens_decoder") or {}, added_tokens, file)
+    _add_tokens(backend, settings.get("added_tokens_decoder") or {}, added_tokens)
     bos, eos = content(settings.get("bos_token")) or "<s>", content(settings.get("eos_token")) or "</s>"
     surround(backend, [bos] * settings.get("add_bos_token", True), [eos] * settings.get("add_eos_token", False))
     hf = as_transformers(backend, settings, bos_token=bos, eos_token=eos, unk_token="<unk>")
     return _cut_by(hf, cutter)
 
 
-def chatglm(file: Path, settings: dict[str, Any]) -> Any:
+def chatglm(model: Model, settings: dict[str, Any]) -> Any:
     """ChatGLM2 and 3: every text begins with [gMASK]sop."""
-    backend, cutter = _convert(Model.read(file), after_special=True)
+    backend, cutter = _convert(model, after_special=True)
     add_special(backend, CHATGLM_SPECIAL)
     surround(backend, ["[gMASK]", "sop"])
     return _cut_by(as_transformers(backend, settings, eos_token="</s>", unk_token="<unk>", pad_token="<unk>"), cutter)
@@ -176,7 +171,7 @@ def _cut_by(hf: Any, cutter: _Cutter | None) -> Any:
     return hf
 
 
-def _add_tokens(backend: Any, decoder: dict[str, Any], added: dict[str, int], file: Path) -> None:
+def _add_tokens(backend: Any, decoder: dict[str, Any], added: dict[str, int]) -> None:
     """Adds the tokens that were given to the tokenizer after its training, in the order of their ids."""
     from tokenizers import AddedToken
 
@@ -187,8 +182,8 @@ def _add_tokens(backend: Any, decoder: dict[str, Any], added: dict[str, int], fi
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != i:
             raise TokenizerNotFound(
-                f"tokenizer: {token.content!r} has id {i} in the files beside {file}, but would be "
-                f"{backend.token_to_id(token.content)} after that file's {backend.get_vocab_size(False)} tokens"
+                f"tokenizer: added token {token.content!r} has id {i} in its file, but would be "
+                f"{backend.token_to_id(token.content)} after tokenizer.model's {backend.get_vocab_size(False)} pieces"
             )
 
 

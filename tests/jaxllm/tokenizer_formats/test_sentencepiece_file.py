@@ -123,7 +123,7 @@ def test_tokens_added_after_training(tmp_path):
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode("<|im_end|><pad>") == [1, size, size + 1] and tokenizer.eos_token_id == size
     write_folder(folder, {"added_tokens.json": {"<pad>": size + 7}})
-    with pytest.raises(TokenizerNotFound, match=rf"'<pad>' has id {size + 7} in the files.*but would be {size + 1}"):
+    with pytest.raises(TokenizerNotFound, match=rf"'<pad>' has id {size + 7} in its file, but would be {size + 1}"):
         Tokenizer.load(folder)
 
 
@@ -150,6 +150,13 @@ def test_a_broken_file(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(TokenizerNotFound, match=r"tokenizer\.model is no sentencepiece model"):
         Model.read(tmp_path / "tokenizer.model")
+
+
+def test_other_kinds_of_model_are_left_to_transformers(tmp_path):
+    pytest.importorskip("google.protobuf")
+    proto = sentencepiece_model(model_type="unigram", vocab_size=400, hard_vocab_limit=False)
+    tokenizer = Tokenizer.load(sentencepiece_folder(tmp_path, proto))
+    assert type(tokenizer.hf).__name__ == "LlamaTokenizer"
 
 
 def test_the_fields_of_a_model(tmp_path):
