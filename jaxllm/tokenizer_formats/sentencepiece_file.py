@@ -90,7 +90,8 @@ def llama(model: Model, settings: dict[str, Any], added_tokens: dict[str, int]) 
     backend, cutter = _convert(model, after_special=settings.get("legacy") is not False)
     _add_tokens(backend, settings.get("added_tokens_decoder") or {}, added_tokens)
     bos, eos = content(settings.get("bos_token")) or "<s>", content(settings.get("eos_token")) or "</s>"
-    surround(backend, [bos] * settings.get("add_bos_token", True), [eos] * settings.get("add_eos_token", False))
+    starts, ends = settings.get("add_bos_token") is not False, settings.get("add_eos_token") is True
+    surround(backend, [bos] * starts, [eos] * ends)
     hf = as_transformers(backend, settings, bos_token=bos, eos_token=eos, unk_token="<unk>")
     return _cut_by(hf, cutter)
 
