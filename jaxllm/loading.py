@@ -87,6 +87,8 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
         device_bytes=None if memory is None else memory[0],
     )
     tokenizer = _load_tokenizer(config, checkpoint)
+    if tokenizer is not None:
+        tokenizer.fit_vocabulary(model_config.vocab_size)
     params = _load_params(config, network, checkpoint, params)
     loaded = time.perf_counter()
     runner = ModelRunner(network, params, resolved, shrink_model_len=config.max_model_len is None)
@@ -121,16 +123,18 @@ def claim_device_memory(fraction: float) -> None:
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
+    name = "" if checkpoint.folder is None else Path(config.model or checkpoint.folder).resolve().name
+    options = {"trust_remote_code": config.trust_remote_code, "config": checkpoint.config, "name": name}
     if config.tokenizer is None:
         if checkpoint.folder is None:
             return None
-        return Tokenizer.load(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+        return Tokenizer.load(checkpoint.folder, **options)
     if isinstance(config.tokenizer, str | os.PathLike):
         from jaxllm.models.hub import resolve as find_folder
 
         folder = find_folder(config.tokenizer, config.tokenizer_revision, config.download_dir, tokenizer_only=True)
-        return Tokenizer.load(folder, trust_remote_code=config.trust_remote_code)
-    return Tokenizer(config.tokenizer)
+        return Tokenizer.load(folder, **options)
+    return Tokenizer(config.tokenizer, checkpoint.config, name)
 
 
 def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, params: Any) -> Any:
@@ -148,8 +152,10 @@ def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, par
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
     """The tokenizer's end of sequence first: it is the one that is not reported as a stop_reason."""
-    first = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys(first + checkpoint.eos_token_ids))
+    if tokenizer is None:
+        return checkpoint.eos_token_ids
+    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys(first + checkpoint.eos_token_ids + tokenizer.end_of_turn_ids))
 
 
 def _dtype(wanted: str, checkpoint: str, platform: str) -> str:
