@@ -214,15 +214,16 @@ def _slot(sizes, step):
 def _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared):
     """Brings the pages of the jobs' rows, step by step, as slots become free."""
 
-    def fetch_job(i, done):
-        tile, head = jobs[i]
+    def fetch_job(i, state):
+        done, tile, head = state
+        next_job = jobs[i + 1]
         kv_head = lax.div(head, jnp.int32(sizes.N // sizes.K))
         fetch = functools.partial(_fetch_step, sizes, tile, kv_head, done, table_ref, k_ref, v_ref, shared)
         steps = tile.steps(sizes.config.block_kv)
         has_tail = steps * sizes.config.block_kv > tile.kv_len
         lax.fori_loop(0, steps - jnp.where(has_tail, 1, 0), lambda step, _: fetch(step, False), None)
         pl.when(has_tail)(lambda: fetch(steps - 1, True))
-        return done + steps
+        return done + steps, *next_job
 
     # Nothing is left unobserved.
     def drain(step, _):
@@ -230,7 +231,7 @@ def _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared):
         plgpu.barrier_wait(shared.k_used.at[slot])
         plgpu.barrier_wait(shared.v_used.at[slot])
 
-    done = lax.fori_loop(0, jobs.count, fetch_job, jnp.int32(0))
+    done, *_ = lax.fori_loop(0, jobs.count, fetch_job, (jnp.int32(0), *jobs[0]))
     lax.fori_loop(jnp.maximum(done - sizes.config.stages, 0), done, drain, None)
 
 
