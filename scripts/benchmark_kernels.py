@@ -190,6 +190,7 @@ ODD_SHAPES = [
     PrefillSpec("group 32, head dim 64", 5, 1, 200, 77, 32, 1, 64, 64),
     PrefillSpec("group 1, head dim 256", 4, 1, 200, 77, 4, 4, 256),
     PrefillSpec("group 2, head dim 96", 4, 1, 200, 77, 8, 4, 96),
+    PrefillSpec("group 1, head dim 80", 4, 1, 200, 77, 4, 4, 80),
     PrefillSpec("single tokens", 40, 1, 3, 20),
 ]
 

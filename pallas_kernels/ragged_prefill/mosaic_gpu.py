@@ -511,8 +511,10 @@ def _store(sizes, out, tile, head, warpgroup, out_ref, shared):
     for begin in range(0, sizes.H, slots * columns):
         parts = [pl.ds(c, columns) for c in range(begin, min(begin + slots * columns, sizes.H), columns)]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was stored from there before
+        width = math.gcd(sizes.H, columns)
         for slot, part in enumerate(parts):
-            shared.out[warpgroup, slot] = out[:, part.start : part.start + columns]
+            for c in range(0, min(columns, sizes.H - part.start), width):
+                shared.out[warpgroup, slot, :, c : c + width] = out[:, part.start + c : part.start + c + width]
         plgpu.commit_smem()
         start, count = lo - first, tokens
         while count:  # a copy's size is static: the largest first that fit
@@ -539,21 +541,27 @@ def _pack(group, config):
 
 def _swizzle(H):
     """Bytes of a line of the queries, keys and values in shared memory: the widest that divides a row of H."""
-    return 128 if H % 64 == 0 else 64
+    return math.gcd(2 * H, 128)
 
 
-def _out_dtype(H, dtype):
-    """TMA stores a single row only from a multiple of 128 bytes, so a row must be made of lines that long."""
-    return dtype if H % 64 == 0 else jnp.float32
+def _out_columns(H):
+    """Columns of the output array, and of a piece of it in shared memory.
+
+    TMA stores a single row only from a multiple of 128 bytes: a piece has lines that long, or is made of whole rows
+    that are padded to it.
+    """
+    padded = H + -H % 64
+    return padded, 64 if H == padded else padded
 
 
 def _room(H, dtype, config):
     """Slots of queries and of output in shared memory; None if there is not enough of it."""
     queries = _TILE * H * jnp.dtype(dtype).itemsize
-    pieces = H * jnp.dtype(_out_dtype(H, dtype)).itemsize // 128
+    out_columns, piece = _out_columns(H)
+    pieces = out_columns // piece
     left = _SHARED_MEMORY - 2048 - 4 * config.stages * config.block_kv * H  # barriers and the like; keys and values
     for q_slots, out_slots in ((2, pieces), (1, pieces), (1, 1)):
-        if q_slots * queries + out_slots * _TILE * 128 <= left:
+        if q_slots * queries + out_slots * _TILE * piece * 2 <= left:
             return q_slots, out_slots
     return None
 
@@ -570,8 +578,8 @@ def supported(
         return f"takes no {', '.join(options)}"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k_pages.dtype == v_pages.dtype:
         return f"takes bfloat16 or float16 throughout, got {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
-    if H % 32 or H > 256:
-        return f"takes a head dim that is a multiple of 32 up to 256, got {H}"
+    if H % 16 or H > 256:
+        return f"takes a head dim that is a multiple of 16 up to 256, got {H}"
     if page_size % _ALIGN or config.block_kv % page_size:
         return f"takes a page size that is a multiple of {_ALIGN} and divides {config.block_kv}, got {page_size}"
     if _room(H, q.dtype, config) is None:
@@ -598,7 +606,7 @@ def ragged_prefill(
     sizes = _Sizes(padded, N, K, H, P, page_table.shape[1], page_size, q.dtype, scale, config, pack, blocks, interpret)
     out = mosaic.kernel(
         functools.partial(_kernel, sizes),
-        out_type=jax.ShapeDtypeStruct(q.shape, _out_dtype(H, q.dtype)),
+        out_type=jax.ShapeDtypeStruct((padded, N, _out_columns(H)[0]), q.dtype),
         scratch_types=_scratch(sizes),
         grid=(blocks,),
         grid_names=("block",),
@@ -607,23 +615,24 @@ def ragged_prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(jnp.stack(tiles, axis=1), count[None], page_table, q, k_pages, v_pages)
-    return out[:T].astype(q.dtype)
+    return out[:T, :, :H]
 
 
 def _scratch(sizes):
     block_kv, stages, H = sizes.config.block_kv, sizes.config.stages, sizes.H
 
-    def tiled(*shape, dtype=sizes.dtype, line, rows=_ALIGN):
-        tiling = plgpu.TilingTransform((rows, line // jnp.dtype(dtype).itemsize))
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(line)))
+    def tiled(*shape, line, rows=_ALIGN):
+        transforms = plgpu.TilingTransform((rows, line // 2)), plgpu.SwizzleTransform(line)
+        return plgpu.SMEM(shape, sizes.dtype, transforms=transforms)
 
     line = _swizzle(H)
     q_slots, out_slots = _room(H, sizes.dtype, sizes.config)
-    out_dtype = jnp.dtype(_out_dtype(H, sizes.dtype))
     pages = block_kv // sizes.page_size
     return [
         tiled(2 * q_slots, _ROWS, H, line=line),
-        tiled(2, out_slots, _ROWS, 128 // out_dtype.itemsize, dtype=out_dtype, line=128, rows=1),
+        tiled(2, out_slots, _ROWS, 64, line=128, rows=1)
+        if H % 64 == 0
+        else plgpu.SMEM((2, 1, _ROWS, _out_columns(H)[1]), sizes.dtype),
         tiled(stages, block_kv, H, line=line),
         tiled(stages, block_kv, H, line=line),
         tiled(2, _ROWS, block_kv, line=128) if sizes.interpret else None,

@@ -23,6 +23,7 @@ CASES = {
     "grouped heads, narrow, float16": dict(rows=SHORT, N=6, K=2, H=32, page_size=64, dtype="float16"),
     "wide heads": dict(rows=[(20, 90)], N=1, K=1, H=256, page_size=16),
     "few tokens": dict(rows=[(1, 3), (2, 2)], N=1, K=1, H=96, page_size=16, before=0, after=0),
+    "head dim 80": dict(rows=SHORT, N=2, K=1, H=80, page_size=16),
     "no rows in use": dict(rows=[(0, 0), (0, 0)], N=1, K=1, H=64, page_size=16),
     "many jobs a block": dict(rows=SHORT, N=3, K=1, H=64, page_size=16, blocks=2),
     "many jobs, little room": dict(rows=SHORT, N=2, K=1, H=256, page_size=32, blocks=3),
@@ -105,7 +106,7 @@ def test_every_token_is_in_one_tile(size, heavy_first):
     [
         (dict(), None),
         (dict(dtype="float32"), "bfloat16 or float16"),
-        (dict(H=40), "head dim that is a multiple of 32 up to 256, got 40"),
+        (dict(H=40), "head dim that is a multiple of 16 up to 256, got 40"),
         (dict(page_size=4), "page size that is a multiple of 8 and divides 128, got 4"),
         (dict(scale=-1.0), "a positive scale"),
         (dict(config=kernel.Config(block_kv=128, stages=4)), "shared memory"),
