@@ -26,6 +26,10 @@ from pallas_kernels.paged_decode import mosaic_gpu as decode_kernel
 from pallas_kernels.paged_decode import reference as decode_reference
 from pallas_kernels.paged_decode.specs import SPECS as DECODE_SPECS
 from pallas_kernels.paged_decode.specs import Spec as DecodeSpec
+from pallas_kernels.ragged_prefill import mosaic_gpu as prefill_kernel
+from pallas_kernels.ragged_prefill import reference as prefill_reference
+from pallas_kernels.ragged_prefill.specs import SPECS as PREFILL_SPECS
+from pallas_kernels.ragged_prefill.specs import Spec as PrefillSpec
 
 CHAIN = 32
 BEYOND_CACHE = 2**30  # bytes of KV that a chain goes through before it meets the same again
@@ -178,7 +182,109 @@ def decode_cases(quick: bool) -> Iterator[Case]:
             )
 
 
-OPS: dict[str, Callable[[bool], Iterator[Case]]] = {"paged_decode": decode_cases}
+# --- ragged_prefill
+
+ODD_SHAPES = [
+    PrefillSpec("group 4, head dim 128", 6, 1, 300),
+    PrefillSpec("the same, cached, page 32", 6, 1, 300, 500, page_size=32),
+    PrefillSpec("group 32, head dim 64", 5, 1, 200, 77, 32, 1, 64, 64),
+    PrefillSpec("group 1, head dim 256", 4, 1, 200, 77, 4, 4, 256),
+    PrefillSpec("group 2, head dim 96", 4, 1, 200, 77, 8, 4, 96),
+    PrefillSpec("group 1, head dim 80", 4, 1, 200, 77, 4, 4, 80),
+    PrefillSpec("single tokens", 40, 1, 3, 20),
+]
+
+
+def prefill_rows(spec: PrefillSpec) -> tuple[np.ndarray, np.ndarray]:
+    """New tokens and KV lengths of each row."""
+    new = np.random.default_rng(0).integers(spec.min_new, spec.max_new + 1, spec.num_rows)
+    return new, new + spec.cached
+
+
+def prefill_flops(spec: PrefillSpec) -> float:
+    """Of the causal scores and of their products with the values: 4 N H for each query and key it sees."""
+    new, kv_lens = prefill_rows(spec)
+    return 4 * spec.num_heads * spec.head_dim * float(np.sum(new * (kv_lens - (new - 1) / 2)))
+
+
+def prefill_inputs(spec: PrefillSpec, poison: bool) -> tuple:
+    """The op's arrays. With poison: NaN in everything that no row owns, also the table, and tokens that no row owns."""
+    new, kv_lens = prefill_rows(spec)
+    if poison and spec.num_rows > 2:
+        kv_lens[1], new[1] = spec.cached, 0
+    pages = -(-kv_lens // spec.page_size)
+    P = int(pages.sum()) + 1  # the last one belongs to nobody
+    table = np.full((spec.num_rows, pages.max()), 2**30 if poison else 0, np.int32)
+    valid = np.zeros((P, 1, spec.page_size, 1), bool)
+    free = iter(np.random.default_rng(1).permutation(P - 1))
+    for row, length in enumerate(kv_lens):
+        for i in range(pages[row]):
+            table[row, i] = page = next(free)
+            valid[page, :, : length - i * spec.page_size] = True
+    before, after = (5, 70) if poison else (0, 0)
+    starts = before + np.concatenate([[0], np.cumsum(new)])
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (P, spec.num_kv_heads, spec.page_size, spec.head_dim)
+    k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2])
+    if poison:
+        k, v = (jnp.where(valid, x, jnp.nan) for x in (k, v))
+    q = jax.random.normal(keys[2], (int(starts[-1]) + after, spec.num_heads, spec.head_dim), jnp.bfloat16)
+    return q, k, v, *(jnp.asarray(x, jnp.int32) for x in (table, kv_lens, starts))
+
+
+def check_prefill(spec: PrefillSpec, kernel: Callable) -> float:
+    args = prefill_inputs(spec, poison=True)
+    expected = np.asarray(prefill_reference.ragged_prefill(*args, scale=spec.head_dim**-0.5), np.float32)
+    outs = []
+    for _ in range(2):
+        # Freed at once: the output will most likely lie in it.
+        jax.block_until_ready([jnp.full(args[0].shape, jnp.nan, jnp.bfloat16) for _ in range(4)])
+        outs.append(np.asarray(kernel(*args), np.float32))
+    difference = float(np.abs(outs[0] - expected).max())  # NaN if there is one
+    if not np.array_equal(outs[0], outs[1]):
+        raise AssertionError(f"two runs differ, by {np.abs(outs[0] - outs[1]).max()}")
+    if not difference < 0.03:
+        bad = np.unique(np.argwhere(~(np.abs(outs[0] - expected) < 0.03))[:, 0])
+        raise AssertionError(f"difference {difference}; tokens {bad[:20].tolist()} of {len(expected)}")
+    return difference
+
+
+def prefill_chain(spec: PrefillSpec, kernel: Callable) -> tuple[Callable, tuple]:
+    """The queries alone differ from call to call, like those of a model's layers: tiles are cut once.
+
+    They are random in every call: outputs fed back would soon be all alike, and the GPU clocks higher on such.
+    """
+    q, *others = prefill_inputs(spec, poison=False)
+    queries = [jax.random.normal(key, q.shape, q.dtype) for key in jax.random.split(jax.random.key(1), CHAIN)]
+
+    @jax.jit
+    def chain(queries, *others):
+        return [kernel(q, *others)[0] for q in queries]
+
+    return chain, (queries, *others)
+
+
+def prefill_cases(quick: bool) -> Iterator[Case]:
+    """The default configuration on every shape first, then others on the large ones."""
+    C = prefill_kernel.Config
+    variants: list[C | None] = [None]
+    if not quick:
+        variants += [C(pack=1), C(pack=8), C(take_turns=False), C(block_kv=64, stages=4), C(heavy_first=False)]
+    for config in variants:
+        for spec in (*ODD_SHAPES, *PREFILL_SPECS) if config is None else PREFILL_SPECS[2:]:
+            kernel = functools.partial(prefill_kernel.ragged_prefill, scale=spec.head_dim**-0.5, config=config)
+            yield Case(
+                "ragged_prefill",
+                spec.name,
+                str(config or "default"),
+                functools.partial(check_prefill, spec, kernel),
+                functools.partial(prefill_chain, spec, kernel),
+                prefill_flops(spec),
+                "flops",
+            )
+
+
+OPS: dict[str, Callable[[bool], Iterator[Case]]] = {"paged_decode": decode_cases, "ragged_prefill": prefill_cases}
 
 # ---
 

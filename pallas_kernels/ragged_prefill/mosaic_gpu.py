@@ -25,8 +25,10 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import pl, plgpu
 
-_ROWS = 64  # queries of a warpgroup: what wgmma takes
+_ROWS = 64  # of a warpgroup, in each a token of a query head: what wgmma takes
 _TILE = 2 * _ROWS
+# Finite: a row that sees no key of a step must not become NaN. A power of two: exact when scaled, fused or not.
+_MASKED = -(2.0**100)
 _ALIGN = 8  # rows of a swizzled tile of shared memory
 _SHARED_MEMORY = 227 * 1024
 
@@ -41,6 +43,7 @@ class Config:
       take_turns: whether the warpgroups that compute hand the tensor cores to each other.
       heavy_first: whether tiles run in the order of their numbers of keys, most first.
       blocks: among how many the jobs are divided; None for as many as multiprocessors.
+      pack: at most so many query heads of a KV head are in a tile, 1, 2, 4 or 8; the more, the fewer its tokens.
     """
 
     block_kv: int = 128
@@ -48,6 +51,7 @@ class Config:
     take_turns: bool = True
     heavy_first: bool = True
     blocks: int | None = None
+    pack: int = 4
 
 
 class _Sizes(NamedTuple):
@@ -63,8 +67,14 @@ class _Sizes(NamedTuple):
     dtype: jnp.dtype
     scale: float
     config: Config
+    pack: int
     blocks: int
     interpret: bool
+
+    @property
+    def q_slots(self):
+        """For how many jobs' queries there is room."""
+        return _room(self.H, self.dtype, self.config)[0]
 
 
 class _Tiles(NamedTuple):
@@ -85,8 +95,8 @@ class _Tiles(NamedTuple):
     kv_len: jax.Array
 
 
-def cut_into_tiles(query_starts, kv_lens, num_tokens, heavy_first) -> tuple[_Tiles, jax.Array]:
-    """The tiles of S rows and of the tokens before and after these; and how many are not empty, the first ones."""
+def cut_into_tiles(query_starts, kv_lens, num_tokens, size, heavy_first) -> tuple[_Tiles, jax.Array]:
+    """The tiles of `size` tokens of S rows and of the tokens before and after these; and how many are not empty."""
     zero, end = jnp.zeros(1, jnp.int32), jnp.full(1, num_tokens, jnp.int32)
     starts = jnp.concatenate([zero, query_starts.astype(jnp.int32), end])
     begin, stop = starts[:-1], starts[1:]
@@ -95,14 +105,14 @@ def cut_into_tiles(query_starts, kv_lens, num_tokens, heavy_first) -> tuple[_Til
     kv_len = jnp.concatenate([zero, kv_lens.astype(jnp.int32), zero])
     offset = jnp.where(kv_len > 0, kv_len - stop, -num_tokens)
     aligned = begin - begin % _ALIGN
-    count = jnp.where(begin < stop, (stop - aligned + _TILE - 1) // _TILE, 0)
+    count = jnp.where(begin < stop, (stop - aligned + size - 1) // size, 0)
     ends = jnp.sum(jnp.where(jnp.tri(num_rows, dtype=bool), count, 0), axis=1)
 
-    index = jnp.arange((num_tokens + num_rows * (_TILE + _ALIGN - 2)) // _TILE, dtype=jnp.int32)
+    index = jnp.arange((num_tokens + num_rows * (size + _ALIGN - 2)) // size, dtype=jnp.int32)
     row = jnp.minimum(jnp.sum(index[:, None] >= ends, axis=1), num_rows - 1)
     exists = index < ends[-1]
-    first = aligned[row] + (index - (ends - count)[row]) * _TILE
-    lo, hi = jnp.maximum(first, begin[row]), jnp.minimum(first + _TILE, stop[row])
+    first = aligned[row] + (index - (ends - count)[row]) * size
+    lo, hi = jnp.maximum(first, begin[row]), jnp.minimum(first + size, stop[row])
     tiles = _Tiles(
         rows=jnp.clip(row - 1, 0, num_rows - 3),
         first=jnp.where(exists, first, 0),
@@ -124,7 +134,7 @@ def _heaviest_first(tiles, exists):
 
 
 class _Tile(NamedTuple):
-    """One tile's numbers, scalars in a block. `steps`: how many times block_kv keys it needs."""
+    """One tile's numbers, scalars in a block."""
 
     row: jax.Array
     first: jax.Array
@@ -133,20 +143,20 @@ class _Tile(NamedTuple):
     offset: jax.Array
     kv_len: jax.Array
 
-    def part(self, warpgroup):
-        """The tokens lo <= token < hi of a warpgroup's 64 that belong to the row; lo >= hi if none does."""
-        first = self.first + warpgroup * _ROWS
-        return jnp.maximum(self.lo, first), jnp.minimum(self.hi, first + _ROWS)
-
     def steps(self, block_kv):
-        return lax.div(jnp.maximum(self.hi + self.offset, 0) + (block_kv - 1), jnp.int32(block_kv))
+        """How many times block_kv keys its queries need. At least one: it makes the zeros of a tile without keys."""
+        return lax.div(jnp.maximum(self.hi + self.offset, 1) + (block_kv - 1), jnp.int32(block_kv))
+
+    def whole_steps(self, block_kv):
+        """How many steps have keys alone that every query sees."""
+        return lax.div(jnp.maximum(self.lo + self.offset + 1, 0), jnp.int32(block_kv))
 
 
 class _Shared(NamedTuple):
-    """Shared memory of a block; the first index is the warpgroup or the slot. `out` may be where `q` is."""
+    """Shared memory of a block; the first index is the warpgroup or the slot."""
 
-    q: object
-    out: object
+    q: object  # [2 * q_slots, 64, H]
+    out: object  # [2, out_slots, 64, columns], a few columns in each
     k: object
     v: object
     weights: object | None  # interpret mode alone
@@ -164,7 +174,7 @@ class _Jobs:
 
     def __init__(self, sizes, tiles_ref, count_ref):
         self.tiles_ref, self.sizes = tiles_ref, sizes
-        self.total = count_ref[0] * sizes.N
+        self.total = count_ref[0] * (sizes.N // sizes.pack)
         whole_rounds = lax.div(self.total, jnp.int32(sizes.blocks))
         self.count = whole_rounds + jnp.where(self._index(whole_rounds) < self.total, 1, 0)
 
@@ -173,23 +183,23 @@ class _Jobs:
         return i * blocks + jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, blocks - 1 - block)
 
     def __getitem__(self, i):
-        """Job i's tile and head; the last one's again past the end."""
+        """Job i's tile and first query head; the last one's again past the end."""
         index = jnp.minimum(self._index(i), self.total - 1)
-        # The heads of a tile run together: they share keys and values.
-        tile, head = lax.div(index, jnp.int32(self.sizes.N)), lax.rem(index, jnp.int32(self.sizes.N))
+        # The heads of a tile run together: they may share keys and values.
+        heads = jnp.int32(self.sizes.N // self.sizes.pack)
+        tile, head = lax.div(index, heads), lax.rem(index, heads) * self.sizes.pack
         return _Tile(*(self.tiles_ref[tile, i] for i in range(len(_Tile._fields)))), head
 
 
 def _kernel(sizes: _Sizes, tiles_ref, count_ref, table_ref, q_ref, k_ref, v_ref, out_ref, *scratch):
-    q_and_out, *scratch = scratch
-    shared = _Shared(*q_and_out, *scratch)
+    shared = _Shared(*scratch)
     warpgroup = lax.axis_index("warpgroup")
     jobs = _Jobs(sizes, tiles_ref, count_ref)
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        _compute(sizes, jobs, warpgroup, q_ref, out_ref, shared)
+        pl.when(jobs.count > 0)(lambda: _compute(sizes, jobs, warpgroup, q_ref, out_ref, shared))
 
     @pl.when(warpgroup == 2)
     def _():
@@ -204,15 +214,16 @@ def _slot(sizes, step):
 def _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared):
     """Brings the pages of the jobs' rows, step by step, as slots become free."""
 
-    def fetch_job(i, done):
-        tile, head = jobs[i]
+    def fetch_job(i, state):
+        done, tile, head = state
+        next_job = jobs[i + 1]
         kv_head = lax.div(head, jnp.int32(sizes.N // sizes.K))
         fetch = functools.partial(_fetch_step, sizes, tile, kv_head, done, table_ref, k_ref, v_ref, shared)
         steps = tile.steps(sizes.config.block_kv)
         has_tail = steps * sizes.config.block_kv > tile.kv_len
         lax.fori_loop(0, steps - jnp.where(has_tail, 1, 0), lambda step, _: fetch(step, False), None)
-        pl.when(has_tail & (steps > 0))(lambda: fetch(steps - 1, True))
-        return done + steps
+        pl.when(has_tail)(lambda: fetch(steps - 1, True))
+        return done + steps, *next_job
 
     # Nothing is left unobserved.
     def drain(step, _):
@@ -220,7 +231,7 @@ def _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared):
         plgpu.barrier_wait(shared.k_used.at[slot])
         plgpu.barrier_wait(shared.v_used.at[slot])
 
-    done = lax.fori_loop(0, jobs.count, fetch_job, jnp.int32(0))
+    done, *_ = lax.fori_loop(0, jobs.count, fetch_job, (jnp.int32(0), *jobs[0]))
     lax.fori_loop(jnp.maximum(done - sizes.config.stages, 0), done, drain, None)
 
 
@@ -268,182 +279,253 @@ def _zero_rows(ref, start, num_rows, H):
                 piece[...] = jnp.where(ids + row < start, values, jnp.zeros_like(values))
 
 
-def _compute(sizes, jobs, warpgroup, q_ref, out_ref, shared):
-    """Attention of 64 queries of every job's tile, and its output."""
-    q_smem, q_ready = shared.q.at[warpgroup], shared.q_ready.at[warpgroup]
+class _Softmax(NamedTuple):
+    """The online softmax of 64 rows between two steps.
 
-    def fetch_queries(i, tile, head):
-        @pl.when(i < jobs.count)
-        def _():
-            first = pl.multiple_of(tile.first + warpgroup * _ROWS, _ALIGN)
-            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first, _ROWS), head], q_smem, q_ready)
+    weights  [64, block_kv], of the step whose values are not added yet
+    top      float32 [64], the largest score, times scale and log2(e)
+    total    float32 [64], the sum of all weights
+    decay    float32 [64], what the output so far is to be multiplied with once it has those values
+    """
 
-    def compute_job(i, state):
-        done, tile, head = state
-        next_job = jobs[i + 1]
-        plgpu.barrier_wait(q_ready)
-        out = _attend(sizes, tile, done, warpgroup, shared)
-        if not _out_in_place(sizes):
-            fetch_queries(i + 1, *next_job)
-        _store(out.astype(out_ref.dtype), tile, head, warpgroup, out_ref, shared)
-        if _out_in_place(sizes):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            fetch_queries(i + 1, *next_job)
-        return done + tile.steps(sizes.config.block_kv), *next_job
-
-    first_job = jobs[0]
-    fetch_queries(0, *first_job)
-    lax.fori_loop(0, jobs.count, compute_job, (jnp.int32(0), *first_job))
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _attend(sizes, tile, done, warpgroup, shared):
-    """float32 [64, H], the output of the warpgroup's queries; `done`: the steps of jobs before."""
-    block_kv = sizes.config.block_kv
-    first = tile.first + warpgroup * _ROWS
-    lo, hi = tile.part(warpgroup)
-    # Steps whose every key is seen by every query; all that some query sees; the other warpgroup's as well.
-    keys = jnp.where(lo < hi, jnp.maximum(hi + tile.offset, 0), 0)
-    mine = lax.div(keys + (block_kv - 1), jnp.int32(block_kv))
-    full = jnp.minimum(lax.div(jnp.maximum(lo + tile.offset + 1, 0), jnp.int32(block_kv)), mine)
-    steps = tile.steps(block_kv)
-
-    row_layout = plgpu.Layout.WGMMA.reduce(1)
-    state = (
-        plgpu.layout_cast(jnp.zeros((_ROWS, sizes.H), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), row_layout),
-        plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout),
-    )
-    turns = _Turns(shared.turn, sizes.config.take_turns)
-    step = functools.partial(_step, sizes, first + tile.offset, done, mine, warpgroup, shared, turns)
-
-    @pl.when(mine > 0)
-    def _():
-        plgpu.barrier_wait(shared.k_ready.at[_slot(sizes, done)])
-
-    pl.when(warpgroup == 1)(turns.swap)
-    state = lax.fori_loop(0, full, functools.partial(step, masked=False), state)
-    acc, _, total = lax.fori_loop(full, mine, functools.partial(step, masked=True), state)
-    lax.fori_loop(mine, steps, functools.partial(_skip, sizes, done, shared, turns), None)
-    pl.when(warpgroup == 0)(turns.swap)
-    return acc * lax.broadcast_in_dim(1 / jnp.maximum(total, 1e-30), acc.shape, [0])
+    weights: jax.Array
+    top: jax.Array
+    total: jax.Array
+    decay: jax.Array
 
 
 class _Turns(NamedTuple):
-    """The tensor cores' right of way. The barrier takes two arrivals: one of each warpgroup."""
+    """The tensor cores' right of way: a warpgroup issues its products, then it is the other's turn."""
 
-    barrier: object
+    barriers: object
+    warpgroup: jax.Array
     enabled: bool
 
-    def swap(self):
-        self.done()
-        self.wait()
-
-    def done(self):
+    def take(self):
         if self.enabled:
-            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barriers.at[self.warpgroup])
 
-    def wait(self):
+    def pass_on(self):
         if self.enabled:
-            plgpu.barrier_wait(self.barrier)
+            plgpu.barrier_arrive(self.barriers.at[1 - self.warpgroup])
 
 
-def _skip(sizes, done, shared, turns, step, _):
-    """A step that is the other warpgroup's alone."""
-    slot = _slot(sizes, done + step)
-    plgpu.barrier_wait(shared.k_ready.at[slot])
-    plgpu.barrier_arrive(shared.k_used.at[slot])
-    turns.swap()
-    plgpu.barrier_wait(shared.v_ready.at[slot])
-    plgpu.barrier_arrive(shared.v_used.at[slot])
-    turns.swap()
-
-
-def _step(sizes, first_position, done, steps, warpgroup, shared, turns, step, state, *, masked):
-    """Online softmax over block_kv keys. The step's keys are there when it begins, and the next step's when it ends."""
-    acc, top, total = state
+def _compute(sizes, jobs, warpgroup, q_ref, out_ref, shared):
+    """Attention and output of the warpgroup's 64 rows of every job, as one pipeline: see _step."""
+    queries = _Queries(sizes, jobs, warpgroup, q_ref, shared)
+    turns = _Turns(shared.turn, warpgroup, sizes.config.take_turns)
+    step = functools.partial(_step, sizes, warpgroup, shared, turns)
     block_kv = sizes.config.block_kv
-    slot, next_slot = _slot(sizes, done + step), _slot(sizes, done + step + 1)
-    shape = (_ROWS, block_kv)
 
-    def scores_of(acc_ref):
-        plgpu.wgmma(acc_ref, shared.q.at[warpgroup], shared.k.at[slot].transpose((1, 0)))
-        turns.swap()
-        return acc_ref[...]
+    def compute_job(i, state):
+        done, softmax = state
+        tile, _ = jobs[i]
+        steps = tile.steps(block_kv)
+        whole = jnp.clip(tile.whole_steps(block_kv), 1, steps)
+        if sizes.q_slots > 1:
+            queries.fetch(i + 1)
 
-    scores = pl.run_scoped(scores_of, plgpu.ACC(shape, jnp.float32))
-    plgpu.barrier_arrive(shared.k_used.at[slot])
-    if masked:
-        query = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        scores = jnp.where(key + step * block_kv <= query + first_position, scores, -jnp.inf)
+        def advance(masked):
+            def body(j, state):
+                acc, softmax = step(done + j, queries.slot(i), queries.mask(tile, j) if masked else None, *state)
+                return acc * lax.broadcast_in_dim(softmax.decay, acc.shape, [0]), softmax
 
+            return body
+
+        acc = plgpu.layout_cast(jnp.zeros((_ROWS, sizes.H), jnp.float32), plgpu.Layout.WGMMA)
+        state = lax.fori_loop(1, whole, advance(masked=False), (acc, softmax))
+        acc, softmax = lax.fori_loop(whole, steps, advance(masked=True), state)
+        if sizes.q_slots == 1:
+            queries.fetch(i + 1)
+        queries.wait(i + 1)
+        next_tile, _ = jobs[i + 1]  # tiles are read where they are used: registers are scarce
+        fresh = _no_scores()._replace(weights=softmax.weights)
+        acc, next_softmax = step(
+            done + steps, queries.slot(i + 1), queries.mask(next_tile, 0), acc, fresh, exists=i + 1 < jobs.count
+        )
+        acc *= lax.broadcast_in_dim(1 / softmax.total, acc.shape, [0])
+        _store(sizes, acc, *jobs[i], warpgroup, out_ref, shared)
+        return done + steps, next_softmax
+
+    queries.fetch(0)
+    pl.when(warpgroup == 1)(turns.pass_on)
+    queries.wait(0)
+    softmax = _first_step(sizes, warpgroup, shared, turns, queries.mask(jobs[0][0], 0))
+    lax.fori_loop(0, jobs.count, compute_job, (jnp.int32(0), softmax))
+    pl.when(warpgroup == 0)(turns.take)  # nothing is left unobserved
+    plgpu.wait_smem_to_gmem(0)
+
+
+class _Queries(NamedTuple):
+    """The warpgroup's rows: for each query head of the job, one after the other, `tokens` tokens."""
+
+    sizes: _Sizes
+    jobs: _Jobs
+    warpgroup: jax.Array
+    source: object
+    shared: _Shared
+
+    @property
+    def tokens(self):
+        return _ROWS // self.sizes.pack
+
+    def first_token(self, tile):
+        return pl.multiple_of(tile.first + self.warpgroup * self.tokens, _ALIGN)
+
+    def slot(self, i):
+        """Where job i's queries are."""
+        return self.warpgroup * self.sizes.q_slots + lax.rem(i, jnp.int32(self.sizes.q_slots))
+
+    def fetch(self, i):
+        """Starts to bring the queries of job i, if there is one."""
+
+        @pl.when(i < self.jobs.count)
+        def _():
+            tile, head = self.jobs[i]
+            slot = self.slot(i)
+            for h in range(self.sizes.pack):
+                plgpu.copy_gmem_to_smem(
+                    self.source.at[pl.ds(self.first_token(tile), self.tokens), head + h],
+                    self.shared.q.at[slot, pl.ds(h * self.tokens, self.tokens)],
+                    self.shared.q_ready.at[slot],
+                )
+
+    def wait(self, i):
+        pl.when(i < self.jobs.count)(lambda: plgpu.barrier_wait(self.shared.q_ready.at[self.slot(i)]))
+
+    def mask(self, tile, step):
+        """The scores' mask in a step of the tile: a function of an array [64, block_kv]."""
+
+        def apply(scores):
+            row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            position = (row & (self.tokens - 1)) + (self.first_token(tile) + tile.offset - step * scores.shape[1])
+            return jnp.where(key <= position, scores, _MASKED)
+
+        return apply
+
+
+def _no_scores():
+    """The softmax before the first step; without weights."""
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
+    zeros = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout)
+    return _Softmax(None, plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), row_layout), zeros, zeros)
+
+
+def _add_scores(sizes, scores, mask, softmax):
+    """The softmax with one more step's scores, products [64, block_kv] of queries and keys."""
+    if mask is not None:
+        scores = mask(scores)
     # In powers of two; the maximum is kept scaled, so that scaling and subtracting are one instruction.
     scale = sizes.scale * math.log2(math.e)
-    new_top = jnp.maximum(top, scores.max(axis=1) * scale)
-    decay = jnp.exp2(top - new_top)
-    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(new_top, shape, [0]))
-    acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
-    total = total * decay + weights.sum(axis=1)
-    weights = weights.astype(sizes.dtype)
-    if not sizes.interpret:  # keeps the softmax before the turn's end, where it runs beside the other's products
-        acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-    turns.done()
-    plgpu.barrier_wait(shared.v_ready.at[slot])
-    turns.wait()
+    top = jnp.maximum(softmax.top, scores.max(axis=1) * scale)
+    decay = jnp.exp2(softmax.top - top)
+    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(top, scores.shape, [0]))
+    return _Softmax(weights, top, softmax.total * decay + weights.sum(axis=1), decay)
 
-    def wait_for_next_keys():
-        @pl.when(step + 1 < steps)
-        def _():
-            plgpu.barrier_wait(shared.k_ready.at[next_slot])
 
-    if not sizes.interpret:
+def _first_step(sizes, warpgroup, shared, turns, mask):
+    """The softmax of the first step of all."""
 
-        def add_values(acc_ref):
-            plgpu.wgmma(acc_ref, weights, shared.v.at[slot])
-            wait_for_next_keys()
+    def scores_of(acc_ref):
+        plgpu.wgmma(acc_ref, shared.q.at[warpgroup * sizes.q_slots], shared.k.at[0].transpose((1, 0)))
+        turns.pass_on()
+        return acc_ref[...]
 
-        acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
-    else:  # has neither run_state nor wgmma of registers
+    plgpu.barrier_wait(shared.k_ready.at[0])
+    turns.take()
+    scores = pl.run_scoped(scores_of, plgpu.ACC((_ROWS, sizes.config.block_kv), jnp.float32))
+    plgpu.barrier_arrive(shared.k_used.at[0])
+    return _rounded(sizes, _add_scores(sizes, scores, mask, _no_scores()))
 
-        def values_of(acc_ref):
-            plgpu.wgmma(acc_ref, shared.weights.at[warpgroup], shared.v.at[slot])
-            return acc_ref[...]
 
-        shared.weights[warpgroup] = weights
+def _step(sizes, warpgroup, shared, turns, index, q_slot, mask, acc, softmax, exists=True):
+    """Adds the values of step index - 1 to acc, and the scores of step `index` to the softmax, if that `exists`.
+
+    Both products are issued at once, and the softmax runs beside the second (FlashAttention-3, section 3.2).
+    """
+    k_slot, v_slot = _slot(sizes, index), _slot(sizes, index - 1)
+    keys, values = shared.k.at[k_slot].transpose((1, 0)), shared.v.at[v_slot]
+    scores_type = plgpu.ACC((_ROWS, sizes.config.block_kv), jnp.float32)
+
+    def add_scores(scores):
+        pl.when(exists)(lambda: plgpu.barrier_arrive(shared.k_used.at[k_slot]))
+        return _add_scores(sizes, scores, mask, softmax)
+
+    def both(scores_ref, acc_ref, out_refs):
+        plgpu.wgmma(scores_ref, shared.q.at[q_slot], keys)
+        plgpu.barrier_wait(shared.v_ready.at[v_slot])
+        plgpu.wgmma(acc_ref, softmax.weights, values)
+        turns.pass_on()
+        new = add_scores(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
+        new = lax.optimization_barrier(new)  # lest it be computed after the wait for the values
+        for ref, value in zip(out_refs, new, strict=True):
+            ref[...] = value
+
+    def one_by_one():  # interpret mode has neither run_state nor wgmma of registers
+        def product(a, b):
+            def of(ref):
+                plgpu.wgmma(ref, a, b)
+                return ref[...]
+
+            return of
+
+        scores = pl.run_scoped(product(shared.q.at[q_slot], keys), scores_type)
+        shared.weights[warpgroup] = softmax.weights
         plgpu.commit_smem()
-        acc += pl.run_scoped(values_of, plgpu.ACC(acc.shape, jnp.float32))
-        wait_for_next_keys()
-    plgpu.barrier_arrive(shared.v_used.at[slot])
-    return acc, new_top, total
+        plgpu.barrier_wait(shared.v_ready.at[v_slot])
+        values_acc = plgpu.ACC(acc.shape, jnp.float32)
+        new_acc = acc + pl.run_scoped(product(shared.weights.at[warpgroup], values), values_acc)
+        turns.pass_on()
+        return new_acc, add_scores(scores)
+
+    pl.when(exists)(lambda: plgpu.barrier_wait(shared.k_ready.at[k_slot]))
+    turns.take()
+    if sizes.interpret:
+        acc, softmax = one_by_one()
+    else:
+        # float32 weights, rounded when the products are done: the old ones' registers are in use until then.
+        state = plgpu.ACC.init(acc), softmax._replace(weights=softmax.weights.astype(jnp.float32))
+        acc, softmax = pl.run_state(lambda refs: pl.run_scoped(lambda s: both(s, *refs), scores_type))(state)
+    plgpu.barrier_arrive(shared.v_used.at[v_slot])
+    return acc, _rounded(sizes, softmax)
 
 
-def _store(out, tile, head, warpgroup, out_ref, shared):
-    """Stores the output of the warpgroup's queries: all 64 rows at once, or those of the tile's row one by one."""
-    lo, hi = tile.part(warpgroup)
-    first = pl.multiple_of(tile.first + warpgroup * _ROWS, _ALIGN)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last job's
-    num_pieces, columns = shared.out.shape[1], shared.out.shape[3]
-    for i in range(num_pieces):
-        shared.out[warpgroup, i] = out[:, i * columns : (i + 1) * columns]
-    plgpu.commit_smem()
+def _rounded(sizes, softmax):
+    return softmax._replace(weights=softmax.weights.astype(sizes.dtype))
 
-    def store(rows, tokens):
-        for i in range(num_pieces):
-            target = out_ref.at[tokens, head, pl.ds(i * columns, columns)]
-            plgpu.copy_smem_to_gmem(shared.out.at[warpgroup, i, rows], target)
 
-    is_full = hi - lo == _ROWS
+def _store(sizes, out, tile, head, warpgroup, out_ref, shared):
+    """Stores the warpgroup's output for those of its tokens that belong to the tile's row."""
+    tokens = _ROWS // sizes.pack
+    first = pl.multiple_of(tile.first + warpgroup * tokens, _ALIGN)
+    lo, hi = jnp.maximum(tile.lo, first), jnp.minimum(tile.hi, first + tokens)
+    slots, columns = shared.out.shape[1], shared.out.shape[3]
+    out = out.astype(out_ref.dtype)
 
-    @pl.when(is_full)
-    def _():
-        store(pl.ds(0, _ROWS), pl.ds(first, _ROWS))
+    def store(start, count, slot, part):
+        for h in range(sizes.pack):
+            source = shared.out.at[warpgroup, slot, pl.ds(h * tokens + start, count)]
+            plgpu.copy_smem_to_gmem(source, out_ref.at[pl.ds(first + start, count), head + h, part])
 
-    @pl.when(jnp.logical_not(is_full))
-    def _():
-        @pl.loop(lo, hi)
-        def _(token):
-            store(pl.ds(token - first, 1), pl.ds(token, 1))
+    for begin in range(0, sizes.H, slots * columns):
+        parts = [pl.ds(c, columns) for c in range(begin, min(begin + slots * columns, sizes.H), columns)]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was stored from there before
+        width = math.gcd(sizes.H, columns)
+        for slot, part in enumerate(parts):
+            for c in range(0, min(columns, sizes.H - part.start), width):
+                shared.out[warpgroup, slot, :, c : c + width] = out[:, part.start + c : part.start + c + width]
+        plgpu.commit_smem()
+        start, count = lo - first, tokens
+        while count:  # a copy's size is static: the largest first that fit
+            fits = start + count <= hi - first
+
+            @pl.when(fits)
+            def _(start=start, count=count, parts=parts):
+                for slot, part in enumerate(parts):
+                    store(start, count, slot, part)
+
+            start, count = start + jnp.where(fits, count, 0), count // 2
 
 
 def choose_config(H: int, page_size: int) -> Config:
@@ -452,25 +534,36 @@ def choose_config(H: int, page_size: int) -> Config:
     return Config(block_kv=128 if H <= 128 else 64)
 
 
+def _pack(group, config):
+    """Query heads in a tile, of `group` that share a KV head."""
+    return math.gcd(group, config.pack)
+
+
 def _swizzle(H):
     """Bytes of a line of the queries, keys and values in shared memory: the widest that divides a row of H."""
-    return 128 if H % 64 == 0 else 64
+    return math.gcd(2 * H, 128)
 
 
-def _out_dtype(H, dtype):
-    """TMA stores a single row only from a multiple of 128 bytes, so a row must be made of lines that long."""
-    return dtype if H % 64 == 0 else jnp.float32
+def _out_columns(H):
+    """Columns of the output array, and of a piece of it in shared memory.
+
+    TMA stores a single row only from a multiple of 128 bytes: a piece has lines that long, or is made of whole rows
+    that are padded to it.
+    """
+    padded = H + -H % 64
+    return padded, 64 if H == padded else padded
 
 
-def _shared_memory(H, dtype, config, in_place):
-    """Bytes; with room for barriers and the like."""
-    queries, out = (_TILE * H * jnp.dtype(x).itemsize for x in (dtype, _out_dtype(H, dtype)))
-    return (max(queries, out) if in_place else queries + out) + 4 * config.stages * config.block_kv * H + 4096
-
-
-def _out_in_place(sizes):
-    """Whether a warpgroup's output takes its queries' place, for lack of another."""
-    return _shared_memory(sizes.H, sizes.dtype, sizes.config, in_place=False) > _SHARED_MEMORY
+def _room(H, dtype, config):
+    """Slots of queries and of output in shared memory; None if there is not enough of it."""
+    queries = _TILE * H * jnp.dtype(dtype).itemsize
+    out_columns, piece = _out_columns(H)
+    pieces = out_columns // piece
+    left = _SHARED_MEMORY - 2048 - 4 * config.stages * config.block_kv * H  # barriers and the like; keys and values
+    for q_slots, out_slots in ((2, pieces), (1, pieces), (1, 1)):
+        if q_slots * queries + out_slots * _TILE * piece * 2 <= left:
+            return q_slots, out_slots
+    return None
 
 
 def supported(
@@ -485,11 +578,11 @@ def supported(
         return f"takes no {', '.join(options)}"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k_pages.dtype == v_pages.dtype:
         return f"takes bfloat16 or float16 throughout, got {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
-    if H % 32 or H > 256:
-        return f"takes a head dim that is a multiple of 32 up to 256, got {H}"
+    if H % 16 or H > 256:
+        return f"takes a head dim that is a multiple of 16 up to 256, got {H}"
     if page_size % _ALIGN or config.block_kv % page_size:
         return f"takes a page size that is a multiple of {_ALIGN} and divides {config.block_kv}, got {page_size}"
-    if _shared_memory(H, q.dtype, config, in_place=_out_dtype(H, q.dtype) == q.dtype) > _SHARED_MEMORY:
+    if _room(H, q.dtype, config) is None:
         return f"{config} needs more shared memory than there is for head dim {H}"
     if not scale > 0:
         return f"takes a positive scale, got {scale}"
@@ -504,14 +597,16 @@ def ragged_prefill(
     T, N, H = q.shape
     P, K, page_size, _ = k_pages.shape
     config = config or choose_config(H, page_size)
-    padded = max(_ROWS, T + -T % _ALIGN)
+    pack = _pack(N // K, config)
+    padded = max(_ROWS // pack, T + -T % _ALIGN)
     q = jnp.pad(q, ((0, padded - T), (0, 0), (0, 0)))
-    tiles, count = cut_into_tiles(query_starts, kv_lens, padded, config.heavy_first)
-    blocks = min(tiles.rows.shape[0] * N, config.blocks or mosaic.num_multiprocessors())
-    sizes = _Sizes(padded, N, K, H, P, page_table.shape[1], page_size, q.dtype, scale, config, blocks, interpret)
+    tiles, count = cut_into_tiles(query_starts, kv_lens, padded, _TILE // pack, config.heavy_first)
+    jobs = tiles.rows.shape[0] * N // pack
+    blocks = min(jobs, config.blocks or mosaic.num_multiprocessors())
+    sizes = _Sizes(padded, N, K, H, P, page_table.shape[1], page_size, q.dtype, scale, config, pack, blocks, interpret)
     out = mosaic.kernel(
         functools.partial(_kernel, sizes),
-        out_type=jax.ShapeDtypeStruct(q.shape, _out_dtype(H, q.dtype)),
+        out_type=jax.ShapeDtypeStruct((padded, N, _out_columns(H)[0]), q.dtype),
         scratch_types=_scratch(sizes),
         grid=(blocks,),
         grid_names=("block",),
@@ -520,32 +615,32 @@ def ragged_prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(jnp.stack(tiles, axis=1), count[None], page_table, q, k_pages, v_pages)
-    return out[:T].astype(q.dtype)
+    return out[:T, :, :H]
 
 
 def _scratch(sizes):
     block_kv, stages, H = sizes.config.block_kv, sizes.config.stages, sizes.H
 
-    def tiled(*shape, dtype=sizes.dtype, line, rows=_ALIGN):
-        tiling = plgpu.TilingTransform((rows, line // jnp.dtype(dtype).itemsize))
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(line)))
+    def tiled(*shape, line, rows=_ALIGN):
+        transforms = plgpu.TilingTransform((rows, line // 2)), plgpu.SwizzleTransform(line)
+        return plgpu.SMEM(shape, sizes.dtype, transforms=transforms)
 
     line = _swizzle(H)
-    out_dtype = jnp.dtype(_out_dtype(H, sizes.dtype))
-    columns = 128 // out_dtype.itemsize
-    queries = tiled(2, _ROWS, H, line=line)
-    out = tiled(2, H // columns, _ROWS, columns, dtype=out_dtype, line=128, rows=1)
+    q_slots, out_slots = _room(H, sizes.dtype, sizes.config)
     pages = block_kv // sizes.page_size
     return [
-        plgpu.RefUnion(queries, out) if _out_in_place(sizes) else (queries, out),
+        tiled(2 * q_slots, _ROWS, H, line=line),
+        tiled(2, out_slots, _ROWS, 64, line=128, rows=1)
+        if H % 64 == 0
+        else plgpu.SMEM((2, 1, _ROWS, _out_columns(H)[1]), sizes.dtype),
         tiled(stages, block_kv, H, line=line),
         tiled(stages, block_kv, H, line=line),
         tiled(2, _ROWS, block_kv, line=128) if sizes.interpret else None,
-        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_arrivals=sizes.pack, num_barriers=2 * q_slots),
         plgpu.Barrier(num_arrivals=pages, num_barriers=stages),
         plgpu.Barrier(num_arrivals=pages, num_barriers=stages),
         plgpu.Barrier(num_arrivals=pages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_barriers=2),
     ]

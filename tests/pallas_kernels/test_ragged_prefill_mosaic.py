@@ -23,9 +23,12 @@ CASES = {
     "grouped heads, narrow, float16": dict(rows=SHORT, N=6, K=2, H=32, page_size=64, dtype="float16"),
     "wide heads": dict(rows=[(20, 90)], N=1, K=1, H=256, page_size=16),
     "few tokens": dict(rows=[(1, 3), (2, 2)], N=1, K=1, H=96, page_size=16, before=0, after=0),
+    "head dim 80": dict(rows=SHORT, N=2, K=1, H=80, page_size=16),
     "no rows in use": dict(rows=[(0, 0), (0, 0)], N=1, K=1, H=64, page_size=16),
     "many jobs a block": dict(rows=SHORT, N=3, K=1, H=64, page_size=16, blocks=2),
-    "many jobs, output in the queries' place": dict(rows=SHORT, N=2, K=1, H=256, page_size=32, blocks=3),
+    "many jobs, little room": dict(rows=SHORT, N=2, K=1, H=256, page_size=32, blocks=3),
+    "eight heads a tile": dict(rows=SHORT, N=8, K=1, H=64, page_size=16, pack=8, blocks=2),
+    "a head a tile": dict(rows=SHORT, N=4, K=1, H=64, page_size=16, pack=1, blocks=2),
     "a job a block": dict(rows=LONG, N=1, K=1, H=64, page_size=16, blocks=1000, stages=3),
     "one warpgroup after the other": dict(
         rows=SHORT, N=1, K=1, H=64, page_size=16, take_turns=False, heavy_first=False
@@ -71,18 +74,19 @@ def check(rows, N, K, H, page_size, before=3, after=6, dtype="bfloat16", **confi
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("size", [16, 128])
 @pytest.mark.parametrize("heavy_first", [False, True])
-def test_every_token_is_in_one_tile(heavy_first):
+def test_every_token_is_in_one_tile(size, heavy_first):
     rng = np.random.default_rng(1)
-    cut = jax.jit(kernel.cut_into_tiles, static_argnums=(2, 3))
+    cut = jax.jit(kernel.cut_into_tiles, static_argnums=(2, 3, 4))
     for _ in range(30):
         counts = rng.choice([0, 0, 1, 7, 8, 127, 128, 129, 300], size=6)
         starts = np.cumsum([rng.integers(0, 20), *counts])
         kv_lens = np.where(counts > 0, counts + rng.choice([0, 5, 500], size=6), 0)
-        tiles, count = jax.tree.map(np.asarray, cut(starts, kv_lens, 2048, heavy_first))
+        tiles, count = jax.tree.map(np.asarray, cut(starts, kv_lens, 2048, size, heavy_first))
         owner = np.full(2048, -1)
         for row, first, lo, hi, offset, kv_len in zip(*tiles, strict=True):
-            assert first % 8 == 0 and (lo == hi or first <= lo < hi <= first + 128)
+            assert first % 8 == 0 and (lo == hi or first <= lo < hi <= first + size)
             assert (owner[lo:hi] == -1).all()
             owner[lo:hi] = row
             if lo < hi and kv_len == 0:
@@ -102,7 +106,7 @@ def test_every_token_is_in_one_tile(heavy_first):
     [
         (dict(), None),
         (dict(dtype="float32"), "bfloat16 or float16"),
-        (dict(H=40), "head dim that is a multiple of 32 up to 256, got 40"),
+        (dict(H=40), "head dim that is a multiple of 16 up to 256, got 40"),
         (dict(page_size=4), "page size that is a multiple of 8 and divides 128, got 4"),
         (dict(scale=-1.0), "a positive scale"),
         (dict(config=kernel.Config(block_kv=128, stages=4)), "shared memory"),
