@@ -358,7 +358,8 @@ def _add_step(sizes, warpgroup, shared, count, i, acc):
             group = tile * sizes.groups + part
             zeros = 8
             if sizes.has_zeros:
-                zeros = _along_columns(_by_row(shared.zeros.at[slot, warpgroup, group]), values.shape)
+                zeros = _by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype)
+                zeros = _along_columns(zeros, values.shape)
             values = _center(sizes, values, zeros)
             columns = pl.ds(tile * TILE_COLUMNS + part * sizes.span, sizes.span)
             activations = shared.x.at[slot, :, columns].T
@@ -476,8 +477,7 @@ def _center(sizes, values, zeros):
     if sizes.interpret:
         return values - zeros if sizes.format == "int4" else values
     if sizes.format == "int4":
-        one = 128 if bfloat16 else 1024
-        return values - (zeros + one).astype(sizes.dtype) if sizes.has_zeros else values - (zeros + one)
+        return values - (zeros + (128 if bfloat16 else 1024))
     if sizes.format == "int8":
         return values if bfloat16 else values - (1024 + 128)
     return values * 2.0 ** (120 if bfloat16 else 8)
