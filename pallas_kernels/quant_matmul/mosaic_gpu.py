@@ -1,7 +1,7 @@
 """quant_matmul for Hopper in Pallas Mosaic GPU.
 
-The product is computed transposed, weight x activations, for wgmma wants 64 rows and a batch may have one. The weight is
-its left operand and goes there from registers, where a thread has turned the words that `weight` packed for it into
+The product is computed transposed, weight x activations, for wgmma wants 64 rows and a batch may have one. The weight
+is its left operand and goes there from registers, where a thread has turned the words that `weight` packed for it into
 values of 16 bits. A group's products are summed apart and scaled in float32, so codes are multiplied as the integers
 that they are. Activations of the batch lie in shared memory.
 
@@ -16,7 +16,7 @@ so that a weight comes from memory once. Beyond `max_batch` the weight is dequan
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -38,7 +38,7 @@ class Config:
     """How the work is cut.
 
     Attributes:
-      warpgroups: that compute; each has 64 rows of the weight.
+      warpgroups: that compute, 2 to 4; each has 64 rows of the weight.
       step_tiles: tiles of 128 columns in a step; divides the weight's.
       stages: steps under way in a CTA.
       num_ctas: parts that the weight is cut into, for each tile of the batch.
@@ -54,20 +54,38 @@ class Config:
     max_batch: int = 256
 
 
+# A thread's registers, by warpgroups that compute: what 64 * 1024 allow beside those of the one that copies.
+_REGISTERS = {2: 232, 3: 152, 4: 112}
+_REGISTERS_COPYING = 40
+
+
 def default_config(weight: QuantizedWeight, batch: int) -> Config:
     """One CTA on a multiprocessor, with as many stages as shared memory has room for."""
     R, C = weight.codes.shape[:2]
+    sms = mosaic.num_multiprocessors()
     tile_batch = min(128, batch + -batch % 8)
     # Registers decide: a thread has tile_batch / 2 sums, twice, and 32 for a tile of the weight.
     warpgroups = 4 if tile_batch <= 16 else 3 if tile_batch <= 64 else 2
-    warpgroups = min(warpgroups, R)
-    step_tiles = 2 if C % 2 == 0 and tile_batch <= 64 else 1
-    sms = mosaic.num_multiprocessors()
-    batch_tiles = -(-batch // tile_batch)
+    tiles_each = R * C / sms
+    if tiles_each < 8:  # more parts
+        warpgroups = 2
+    step_tiles = 2 if C % 2 == 0 and tile_batch <= 16 and weight.format == "int4" and tiles_each >= 16 else 1
     steps = -(-R // warpgroups) * (C // step_tiles)
-    config = Config(warpgroups, step_tiles, 0, max(1, min(sms // batch_tiles, steps)), tile_batch)
-    free = SHARED_MEMORY - _shared_bytes(weight, config)
-    return Config(warpgroups, step_tiles, min(free // _stage_bytes(weight, config), 12), config.num_ctas, tile_batch)
+    num_ctas = max(1, min(sms // -(-batch // tile_batch), steps))
+    return with_stages(weight, Config(warpgroups, step_tiles, 0, num_ctas, tile_batch))
+
+
+def with_stages(weight: QuantizedWeight, config: Config) -> Config:
+    """The configuration with as many stages as shared memory has room for."""
+    free = SHARED_MEMORY - _shared_bytes(config)
+    return replace(config, stages=min(free // _stage_bytes(weight, config), 12))
+
+
+def fits(weight: QuantizedWeight, config: Config) -> bool:
+    """Whether the weight can be cut so, in shared memory and registers."""
+    sums = config.tile_batch // 2 * (1 if weight.group_size == -1 else 2)
+    in_registers = sums + 64 <= _REGISTERS[config.warpgroups]
+    return config.stages >= 2 and weight.codes.shape[1] % config.step_tiles == 0 and in_registers
 
 
 def _stage_bytes(weight, config):
@@ -76,7 +94,7 @@ def _stage_bytes(weight, config):
     return config.step_tiles * (config.warpgroups * tile + 2 * TILE_COLUMNS * config.tile_batch) + 16
 
 
-def _shared_bytes(weight, config):
+def _shared_bytes(config):
     """Of the output of a block, and the compiler's own."""
     return 4 * config.warpgroups * TILE_ROWS * config.tile_batch + 4096
 
@@ -254,10 +272,12 @@ def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, sums_ref, *
 
     @pl.when(warpgroup == consumers)
     def _():
+        plgpu.set_max_registers(_REGISTERS_COPYING, action="decrease")
         _copy(sizes, share, batch_tile, x_ref, codes_ref, scales_ref, zeros_ref, shared)
 
     @pl.when(warpgroup < consumers)
     def _():
+        plgpu.set_max_registers(_REGISTERS[consumers], action="increase")
         _compute(sizes, share, index, batch_tile, warpgroup, scales_ref, out_ref, sums_ref, shared)
 
 
@@ -298,9 +318,7 @@ def _compute(sizes, share, index, batch_tile, warpgroup, scales_ref, out_ref, su
     # How many parts of a block lie in the workspace. Interpreted, CTAs run in order: no need to wait.
     arrived = None
     if not sizes.interpret:
-        arrived = pl.get_global(
-            plgpu.SemaphoreType.REGULAR((sizes.batch_tiles, config.num_ctas, config.warpgroups))
-        )
+        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR((sizes.batch_tiles, config.num_ctas, config.warpgroups)))
 
     def segment(state):
         i, number = state
@@ -426,7 +444,9 @@ def _of_bytes(instructions):
     each = [(0, 4, True), (1, 5, True), (2, 4, False), (3, 5, False)]
     registers = ".reg .b32 s, t, u;"
     return registers + "".join(
-        instructions.format(out=f"${out}", word=f"${word}", low="0x4140" if low else "0x4342", high="0x1404" if low else "0x3424")
+        instructions.format(
+            out=f"${out}", word=f"${word}", low="0x4140" if low else "0x4342", high="0x1404" if low else "0x3424"
+        )
         for out, word, low in each
     )
 
