@@ -1,0 +1,520 @@
+"""quant_matmul for Hopper in Pallas Mosaic GPU.
+
+The product is computed transposed, weight x activations, for wgmma wants 64 rows and a batch may have one. The weight
+is its left operand and goes there from registers, where a thread has turned the words that `weight` packed for it into
+values of 16 bits. A group's products are summed apart and scaled in float32, so codes are multiplied as the integers
+that they are. Activations of the batch lie in shared memory.
+
+The matrix is cut into *blocks* of 64 rows for each of the warpgroups that compute, and these into *steps* of some tiles
+of columns. All steps, ordered by block and then column, are dealt out in equal shares to a fixed number of CTAs
+("Stream-K", Osama et al., 2023). A CTA that starts within a block writes its sums to a workspace, and the one that has
+the block's beginning adds them to its own, in the order of columns. It comes to that last and finds them ready. (See
+paged_decode, which does the same with keys.) One more warpgroup copies to shared memory and runs ahead.
+
+A batch beyond `tile_batch` rows is cut into tiles as well; CTAs of the same share and different tiles run side by side,
+so that a weight comes from memory once. Beyond `max_batch` the weight is dequantized by XLA and multiplied as a whole.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.quant_matmul import reference
+from pallas_kernels.quant_matmul.weight import KINDS, TILE_COLUMNS, TILE_ROWS, QuantizedWeight, unpack_tiles
+
+SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
+# A number for each row of the weight, where the sum over a WGMMA-shaped array's columns leaves it.
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      warpgroups: that compute, 2 to 4; each has 64 rows of the weight.
+      step_tiles: tiles of 128 columns in a step; divides the weight's.
+      stages: steps under way in a CTA.
+      num_ctas: parts that the weight is cut into, for each tile of the batch.
+      tile_batch: rows of activations that a CTA takes at most, a multiple of 8.
+      max_batch: beyond it XLA multiplies the dequantized weight.
+    """
+
+    warpgroups: int
+    step_tiles: int
+    stages: int
+    num_ctas: int
+    tile_batch: int = 128
+    max_batch: int = 256
+
+
+# A thread's registers, by warpgroups that compute: what 64 * 1024 allow beside those of the one that copies.
+_REGISTERS = {2: 232, 3: 152, 4: 112}
+_REGISTERS_COPYING = 40
+
+
+def default_config(weight: QuantizedWeight, batch: int) -> Config:
+    """One CTA on a multiprocessor, with as many stages as shared memory has room for."""
+    R, C = weight.codes.shape[:2]
+    sms = mosaic.num_multiprocessors()
+    tile_batch = min(128, batch + -batch % 8)
+    # Registers decide: a thread has tile_batch / 2 sums, twice, and 32 for a tile of the weight.
+    warpgroups = 4 if tile_batch <= 16 else 3 if tile_batch <= 64 else 2
+    tiles_each = R * C / sms
+    if tiles_each < 8:  # more parts
+        warpgroups = 2
+    step_tiles = 2 if C % 2 == 0 and tile_batch <= 16 and weight.format == "int4" and tiles_each >= 16 else 1
+    steps = -(-R // warpgroups) * (C // step_tiles)
+    num_ctas = max(1, min(sms // -(-batch // tile_batch), steps))
+    return with_stages(weight, Config(warpgroups, step_tiles, 0, num_ctas, tile_batch))
+
+
+def with_stages(weight: QuantizedWeight, config: Config) -> Config:
+    """The configuration with as many stages as shared memory has room for."""
+    free = SHARED_MEMORY - _shared_bytes(config)
+    return replace(config, stages=min(free // _stage_bytes(weight, config), 12))
+
+
+def fits(weight: QuantizedWeight, config: Config) -> bool:
+    """Whether the weight can be cut so, in shared memory and registers."""
+    sums = config.tile_batch // 2 * (1 if weight.group_size == -1 else 2)
+    in_registers = sums + 64 <= _REGISTERS[config.warpgroups]
+    return config.stages >= 2 and weight.codes.shape[1] % config.step_tiles == 0 and in_registers
+
+
+def _stage_bytes(weight, config):
+    """Of codes, activations, scales and zeros of a step, and their barriers."""
+    tile = KINDS[weight.format].words * 512 + 64 * _groups_in_tile(weight) * 8
+    return config.step_tiles * (config.warpgroups * tile + 2 * TILE_COLUMNS * config.tile_batch) + 16
+
+
+def _shared_bytes(config):
+    """Of the output of a block, and the compiler's own."""
+    return 4 * config.warpgroups * TILE_ROWS * config.tile_batch + 4096
+
+
+def _groups_in_tile(weight):
+    """How many scales a row has in a tile; 0 if the whole row has one."""
+    return 0 if weight.group_size == -1 else max(1, TILE_COLUMNS // weight.group_size)
+
+
+def supported(x, weight, *, activation, out_dtype, interpret=False) -> str | None:
+    """Why the kernel cannot take the call, or None."""
+    if (reason := mosaic.unsupported(interpret)) is not None:
+        return reason
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x {x.dtype}, one of bfloat16 and float16 is needed"
+    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"out_dtype {out_dtype}, one of bfloat16, float16 and float32 is needed"
+    if activation is not None:
+        return f"activation {activation!r}"
+    if weight.zeros is not None and (weight.format != "int4" or weight.zeros.dtype != jnp.bfloat16):
+        return f"{weight.format} with zeros {weight.zeros.dtype}, only int4 with integers is possible"
+    if weight.zeros is not None and weight.group_size == -1:
+        return "zeros with group_size -1"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "out_dtype", "config", "interpret"))
+def quant_matmul(
+    x, weight: QuantizedWeight, *, activation, out_dtype, config: Config | None = None, interpret: bool = False
+):
+    """See pallas_kernels.quant_matmul."""
+    *batch_shape, in_features = x.shape
+    x = x.reshape(-1, in_features)
+    batch = x.shape[0]
+    config = config or default_config(weight, batch)
+    if batch > config.max_batch:
+        out = reference.quant_matmul(x, weight, activation=activation, out_dtype=out_dtype)
+    else:
+        if weight.permutation is not None:
+            x = x[:, weight.permutation]
+        out = _multiply(x, weight, out_dtype, config, interpret)
+    return out.reshape(*batch_shape, weight.out_features)
+
+
+class _Sizes(NamedTuple):
+    """Static sizes of a call, beside its config. `blocks` and `steps` are those of the whole weight and of a block."""
+
+    config: Config
+    format: str
+    dtype: jnp.dtype
+    out_dtype: jnp.dtype
+    tiles: int
+    blocks: int
+    steps: int
+    groups: int
+    has_zeros: bool
+    batch: int
+    tile_batch: int
+    batch_tiles: int
+    interpret: bool
+
+    @property
+    def columns(self):
+        """Of a step."""
+        return self.config.step_tiles * TILE_COLUMNS
+
+    @property
+    def span(self):
+        """Columns that are multiplied at once."""
+        return TILE_COLUMNS // max(1, self.groups)
+
+
+def _sizes(x, weight, out_dtype, config, interpret):
+    tiles, column_tiles = weight.codes.shape[:2]
+    if column_tiles % config.step_tiles:
+        raise ValueError(f"step_tiles {config.step_tiles} must divide the weight's {column_tiles} tiles of columns")
+    batch = x.shape[0]
+    tile_batch = min(config.tile_batch, batch + -batch % 8)
+    return _Sizes(
+        config=config, format=weight.format, dtype=x.dtype, out_dtype=out_dtype, tiles=tiles,
+        blocks=-(-tiles // config.warpgroups), steps=column_tiles // config.step_tiles, groups=_groups_in_tile(weight),
+        has_zeros=weight.zeros is not None, batch=batch, tile_batch=tile_batch, batch_tiles=-(-batch // tile_batch),
+        interpret=interpret,
+    )  # fmt: skip
+
+
+def _multiply(x, weight, out_dtype, config, interpret):
+    """[batch, in] -> [batch, out]."""
+    sizes = _sizes(x, weight, out_dtype, config, interpret)
+    tiles, column_tiles = weight.codes.shape[:2]
+    x = jnp.pad(
+        x,
+        (
+            (0, sizes.batch_tiles * sizes.tile_batch - sizes.batch),
+            (0, column_tiles * TILE_COLUMNS - weight.in_features),
+        ),
+    )
+    rows = sizes.batch if sizes.batch_tiles == 1 else x.shape[0]
+    workspace = (sizes.batch_tiles, config.num_ctas, config.warpgroups, TILE_ROWS, sizes.tile_batch)
+    out, _ = mosaic.kernel(
+        functools.partial(_kernel, sizes),
+        interpret=interpret,
+        out_type=[
+            jax.ShapeDtypeStruct((rows, tiles * TILE_ROWS), out_dtype),
+            jax.ShapeDtypeStruct(workspace, jnp.float32),
+        ],
+        scratch_types=_scratch(sizes, weight),
+        grid=(config.num_ctas * sizes.batch_tiles,),
+        grid_names=("cta",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(x, weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros)
+    return out[: sizes.batch, : weight.out_features]
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a CTA; the first index is the stage, the second the warpgroup where each has its own."""
+
+    x: object
+    codes: object
+    scales: object | None
+    zeros: object | None
+    values: object | None  # interpret mode alone
+    out: object
+    full: object
+    empty: object
+
+
+def _scratch(sizes, weight):
+    config = sizes.config
+    warpgroups, stages, tiles = config.warpgroups, config.stages, config.step_tiles
+    line = min(64, sizes.span)
+    swizzled = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(2 * line))
+    grouped = (stages, warpgroups, tiles * sizes.groups, TILE_ROWS)
+    copies = 1 + warpgroups * (1 + (sizes.groups > 0) + sizes.has_zeros)
+    return _Shared(
+        x=plgpu.SMEM((stages, sizes.tile_batch, sizes.columns), sizes.dtype, transforms=swizzled),
+        codes=plgpu.SMEM((stages, warpgroups, tiles, *weight.codes.shape[2:]), jnp.int32),
+        scales=plgpu.SMEM(grouped, weight.scales.dtype) if sizes.groups else None,
+        zeros=plgpu.SMEM(grouped, jnp.bfloat16) if sizes.has_zeros else None,
+        values=plgpu.SMEM((warpgroups, TILE_ROWS, sizes.span), sizes.dtype, transforms=swizzled)
+        if sizes.interpret
+        else None,
+        out=plgpu.SMEM((warpgroups, sizes.tile_batch, TILE_ROWS), sizes.out_dtype),
+        full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        empty=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    )
+
+
+class _Share:
+    """The steps of a CTA: `count`, from `first` on."""
+
+    def __init__(self, sizes, index):
+        total, self.parts = sizes.blocks * sizes.steps, sizes.config.num_ctas
+        self.each, self.rest = divmod(total, self.parts)
+        self.first = index * self.each + jnp.minimum(index, self.rest)
+        self.count = self.each + jnp.where(index < self.rest, 1, 0)
+
+    def owner(self, step):
+        """Which part has that step."""
+        in_rest = self.rest * (self.each + 1)
+        after = self.rest + lax.div(step - in_rest, jnp.int32(max(self.each, 1)))
+        return jnp.where(step < in_rest, lax.div(step, jnp.int32(self.each + 1)), after)
+
+
+def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, sums_ref, *scratch):
+    shared = _Shared(*scratch)
+    cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+    batch_tile = lax.rem(cta, jnp.int32(sizes.batch_tiles))
+    # The last part starts first: a CTA waits for such alone as have started before it.
+    index = sizes.config.num_ctas - 1 - lax.div(cta, jnp.int32(sizes.batch_tiles))
+    share = _Share(sizes, index)
+    consumers = sizes.config.warpgroups
+
+    @pl.when(warpgroup == consumers)
+    def _():
+        plgpu.set_max_registers(_REGISTERS_COPYING, action="decrease")
+        _copy(sizes, share, batch_tile, x_ref, codes_ref, scales_ref, zeros_ref, shared)
+
+    @pl.when(warpgroup < consumers)
+    def _():
+        plgpu.set_max_registers(_REGISTERS[consumers], action="increase")
+        _compute(sizes, share, index, batch_tile, warpgroup, scales_ref, out_ref, sums_ref, shared)
+
+
+def _copy(sizes, share, batch_tile, x_ref, codes_ref, scales_ref, zeros_ref, shared):
+    """Brings the steps of the share, one after the other, as stages become free."""
+    config = sizes.config
+    groups = config.step_tiles * sizes.groups
+
+    def copy(i, _):
+        slot = lax.rem(i, jnp.int32(config.stages))
+        step = share.first + i
+        block, k = lax.div(step, jnp.int32(sizes.steps)), lax.rem(step, jnp.int32(sizes.steps))
+
+        @pl.when(i >= config.stages)
+        def _():
+            plgpu.barrier_wait(shared.empty.at[slot])
+
+        full = shared.full.at[slot]
+        for w in range(config.warpgroups):
+            # A last block may lack tiles: the last one again, and what comes of it is not stored.
+            tile = jnp.minimum(block * config.warpgroups + w, sizes.tiles - 1)
+            tiles = pl.ds(k * config.step_tiles, config.step_tiles)
+            plgpu.copy_gmem_to_smem(codes_ref.at[tile, tiles], shared.codes.at[slot, w], full)
+            if sizes.groups:
+                at = pl.ds(k * groups, groups)
+                plgpu.copy_gmem_to_smem(scales_ref.at[tile, at], shared.scales.at[slot, w], full)
+                if sizes.has_zeros:
+                    plgpu.copy_gmem_to_smem(zeros_ref.at[tile, at], shared.zeros.at[slot, w], full)
+        rows, columns = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch), pl.ds(k * sizes.columns, sizes.columns)
+        plgpu.copy_gmem_to_smem(x_ref.at[rows, columns], shared.x.at[slot], full)
+
+    lax.fori_loop(0, share.count, copy, None)
+
+
+def _compute(sizes, share, index, batch_tile, warpgroup, scales_ref, out_ref, sums_ref, shared):
+    """A warpgroup's rows of every block that the share has a part of."""
+    config = sizes.config
+    # How many parts of a block lie in the workspace. Interpreted, CTAs run in order: no need to wait.
+    arrived = None
+    if not sizes.interpret:
+        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR((sizes.batch_tiles, config.num_ctas, config.warpgroups)))
+
+    def segment(state):
+        i, number = state
+        step = share.first + i
+        block, k = lax.div(step, jnp.int32(sizes.steps)), lax.rem(step, jnp.int32(sizes.steps))
+        size = jnp.minimum(sizes.steps - k, share.count - i)
+        acc = plgpu.layout_cast(jnp.zeros((TILE_ROWS, sizes.tile_batch), jnp.float32), plgpu.Layout.WGMMA)
+        acc = lax.fori_loop(i, i + size, functools.partial(_add_step, sizes, warpgroup, shared, share.count), acc)
+        last = share.owner((block + 1) * sizes.steps - 1)
+
+        @pl.when(k > 0)
+        def _began_in_an_earlier_part():
+            sums_ref[batch_tile, index, warpgroup] = acc
+            if arrived is not None:
+                owner = share.owner(block * sizes.steps)
+                plgpu.semaphore_signal(arrived.at[batch_tile, owner, warpgroup], 1, memory_scope="gpu")
+
+        @pl.when(k == 0)
+        def _begins_here():
+            if arrived is not None:
+
+                @pl.when(last > index)
+                def _():
+                    semaphore = arrived.at[batch_tile, index, warpgroup]
+                    plgpu.semaphore_wait(semaphore, last - index, decrement=False, memory_scope="gpu")
+
+            def add(part, acc):
+                other = sums_ref.at[batch_tile, part, warpgroup]
+                return acc + plgpu.load(other, layout=plgpu.Layout.WGMMA, optimized=False)
+
+            total = lax.fori_loop(index + 1, last + 1, add, acc)
+            tile = block * config.warpgroups + warpgroup
+
+            @pl.when(tile < sizes.tiles)
+            def _():
+                _store(sizes, total, tile, batch_tile, warpgroup, scales_ref, out_ref, shared)
+
+        return i + size, number + 1
+
+    lax.while_loop(lambda state: state[0] < share.count, segment, (jnp.int32(0), jnp.int32(0)))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _along_columns(values, shape):
+    return lax.broadcast_in_dim(values, shape, [0])
+
+
+def _add_step(sizes, warpgroup, shared, count, i, acc):
+    """Adds the products of a step's tiles to acc, float32 [64, tile_batch]."""
+    config = sizes.config
+    slot = lax.rem(i, jnp.int32(config.stages))
+    plgpu.barrier_wait(shared.full.at[slot])
+    for tile in range(config.step_tiles):
+        for part, values in enumerate(_unpack(sizes, shared.codes.at[slot, warpgroup, tile])):
+            group = tile * sizes.groups + part
+            zeros = 8
+            if sizes.has_zeros:
+                zeros = _by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype)
+                zeros = _along_columns(zeros, values.shape)
+            values = _center(sizes, values, zeros)
+            columns = pl.ds(tile * TILE_COLUMNS + part * sizes.span, sizes.span)
+            activations = shared.x.at[slot, :, columns].T
+            if sizes.groups:
+                scales = _by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32)
+                product = _product(sizes, values, activations, warpgroup, shared)
+                acc += product * _along_columns(scales, acc.shape)
+            else:
+                acc = _product(sizes, values, activations, warpgroup, shared, acc)
+
+    @pl.when(i + config.stages < count)
+    def _():
+        plgpu.barrier_arrive(shared.empty.at[slot])
+
+    return acc
+
+
+def _by_row(ref):
+    return plgpu.load(ref, layout=BY_ROW, optimized=False)
+
+
+def _product(sizes, values, activations, warpgroup, shared, acc=None):
+    """values x activations, added to acc if there is one."""
+    shape = TILE_ROWS, sizes.tile_batch
+    if sizes.interpret:  # knows no wgmma of registers, and no run_state
+        shared.values[warpgroup] = values
+        plgpu.commit_smem()
+
+        def multiply(acc_ref):
+            plgpu.wgmma(acc_ref, shared.values.at[warpgroup], activations)
+            return acc_ref[...]
+
+        product = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        return product if acc is None else acc + product
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, values, activations)
+        return acc_ref[...]
+
+    def add(acc_ref):
+        plgpu.wgmma(acc_ref, values, activations)
+
+    if acc is None:
+        return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return pl.run_state(add)(plgpu.ACC.init(acc))
+
+
+# PTX that turns words ($4, $5) into registers $0 to $3 of 16-bit values, columns c and c + 8 of the rows r and r + 8.
+# A nibble becomes the lowest bits of a number in which a unit is worth 1: of 128 in bfloat16, of 1024 in float16.
+_NIBBLES = """
+    .reg .b32 t;
+    lop3.b32 $0, $4, 0x000f000f, {one}, 0xea;
+    shr.u32 t, $4, 4;
+    lop3.b32 $1, t, 0x000f000f, {one}, 0xea;
+    shr.u32 t, $4, 8;
+    lop3.b32 $2, t, 0x000f000f, {one}, 0xea;
+    shr.u32 t, $4, 12;
+    lop3.b32 $3, t, 0x000f000f, {one}, 0xea;
+"""
+
+
+def _of_bytes(instructions):
+    """PTX that makes a register of two bytes, four times. `{out}`, `{word}`, `{low}`: which."""
+    each = [(0, 4, True), (1, 5, True), (2, 4, False), (3, 5, False)]
+    registers = ".reg .b32 s, t, u;"
+    return registers + "".join(
+        instructions.format(
+            out=f"${out}", word=f"${word}", low="0x4140" if low else "0x4342", high="0x1404" if low else "0x3424"
+        )
+        for out, word, low in each
+    )
+
+
+# A byte's low seven bits become the mantissa of 128 to 255; its sign, the exponent's lowest bit, of 128 or 256. Their
+# difference is the number.
+_INT8_BFLOAT16 = _of_bytes("""
+    prmt.b32 s, {word}, 0x43, {low};
+    and.b32 t, s, 0xff7fff7f;
+    and.b32 u, s, 0xff80ff80;
+    sub.bf16x2 {out}, t, u;
+""")
+# With its sign flipped a byte is 128 more, and the mantissa of 1024 has room for it.
+_INT8_FLOAT16 = _of_bytes("""
+    xor.b32 t, {word}, 0x80808080;
+    prmt.b32 {out}, t, 0x64, {low};
+""")
+# Exponent and mantissa move to where the wider type has them. Its exponent's offset is larger: see _center.
+_FP8 = _of_bytes("""
+    prmt.b32 s, {word}, 0, {high};
+    shr.u32 t, s, SHIFT;
+    and.b32 t, t, MASK;
+    lop3.b32 {out}, s, 0x80008000, t, 0xea;
+""")
+_PTX = {
+    ("int4", "bfloat16"): (_NIBBLES.format(one="0x43004300"), 1),
+    ("int4", "float16"): (_NIBBLES.format(one="0x64006400"), 1),
+    ("int8", "bfloat16"): (_INT8_BFLOAT16, 2),
+    ("int8", "float16"): (_INT8_FLOAT16, 2),
+    ("fp8", "bfloat16"): (_FP8.replace("SHIFT", "4").replace("MASK", "0x07f007f0"), 2),
+    ("fp8", "float16"): (_FP8.replace("SHIFT", "1").replace("MASK", "0x3f803f80"), 2),
+}
+
+
+def _unpack(sizes, tile_ref):
+    """The values of a tile, but for what `_center` does to them: arrays [64, span]."""
+    words = plgpu.load(tile_ref, layout=plgpu.Layout.WG_STRIDED(tile_ref.shape, vec_size=4), optimized=False)
+    if sizes.interpret:
+        codes = unpack_tiles(words[None, None], sizes.format).astype(sizes.dtype)
+        return [codes[:, i : i + sizes.span] for i in range(0, TILE_COLUMNS, sizes.span)]
+    ptx, inputs = _PTX[sizes.format, jnp.dtype(sizes.dtype).name]
+    return mosaic.registers_of_words(words, ptx, inputs, sizes.span, sizes.dtype)
+
+
+def _center(sizes, values, zeros):
+    """Takes away what the instructions of _PTX leave in the values. All of it is exact."""
+    bfloat16 = sizes.dtype == jnp.bfloat16
+    if sizes.interpret:
+        return values - zeros if sizes.format == "int4" else values
+    if sizes.format == "int4":
+        return values - (zeros + (128 if bfloat16 else 1024))
+    if sizes.format == "int8":
+        return values if bfloat16 else values - (1024 + 128)
+    return values * 2.0 ** (120 if bfloat16 else 8)
+
+
+def _store(sizes, total, tile, batch_tile, warpgroup, scales_ref, out_ref, shared):
+    """Writes the sums of 64 rows, transposed."""
+    if not sizes.groups:
+        scales = _by_row(scales_ref.at[tile, 0]).astype(jnp.float32)
+        total = total * _along_columns(scales, total.shape)
+    out_smem = shared.out.at[warpgroup]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_smem.T[...] = total.astype(sizes.out_dtype)
+    plgpu.commit_smem()
+    columns = pl.ds(tile * TILE_ROWS, TILE_ROWS)
+    if sizes.batch_tiles == 1:
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, sizes.batch)], out_ref.at[:, columns])
+    else:
+        rows = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch)
+        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[rows, columns])
