@@ -3,7 +3,8 @@
 The product is computed transposed, weight x activations, for wgmma wants 64 rows and a batch may have one. The weight
 is its left operand and goes there from registers, where a thread has turned the words that `weight` packed for it into
 values of 16 bits. A group's products are summed apart and scaled in float32, so codes are multiplied as the integers
-that they are. Activations of the batch lie in shared memory.
+that they are. Activations of the batch lie in shared memory. Where these are quantized too, words go to wgmma as they
+are, and the activations' columns are reordered to match.
 
 The matrix is cut into *blocks* of 64 rows for each of the warpgroups that compute, and these into *steps* of some tiles
 of columns. All steps, ordered by block and then column, are dealt out in equal shares to a fixed number of CTAs
@@ -30,8 +31,9 @@ from pallas_kernels.quant_matmul import reference
 from pallas_kernels.quant_matmul.weight import KINDS, TILE_COLUMNS, TILE_ROWS, QuantizedWeight, unpack_tiles
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
-# A number for each row of the weight, where the sum over a WGMMA-shaped array's columns leaves it.
+# A number for each row of the weight, or of the batch: where a sum over a WGMMA-shaped array leaves it.
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ def supported(x, weight, *, activation, out_dtype, interpret=False) -> str | Non
         return f"x {x.dtype}, one of bfloat16 and float16 is needed"
     if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"out_dtype {out_dtype}, one of bfloat16, float16 and float32 is needed"
-    if activation is not None:
-        return f"activation {activation!r}"
+    if activation is not None and weight.group_size == 16:
+        return f"activation {activation!r} with group_size 16, 32 is the least"
     if weight.zeros is not None and (weight.format != "int4" or weight.zeros.dtype != jnp.bfloat16):
         return f"{weight.format} with zeros {weight.zeros.dtype}, only int4 with integers is possible"
     if weight.zeros is not None and weight.group_size == -1:
@@ -135,13 +137,27 @@ def quant_matmul(
     x = x.reshape(-1, in_features)
     batch = x.shape[0]
     config = config or default_config(weight, batch)
-    if batch > config.max_batch:
-        out = reference.quant_matmul(x, weight, activation=activation, out_dtype=out_dtype)
-    else:
-        if weight.permutation is not None:
-            x = x[:, weight.permutation]
-        out = _multiply(x, weight, out_dtype, config, interpret)
+    if batch > config.max_batch and activation is None:
+        out = reference.quant_matmul(x, weight, activation=None, out_dtype=out_dtype)
+        return out.reshape(*batch_shape, weight.out_features)
+    if weight.permutation is not None:
+        x = x[:, weight.permutation]
+    x_scales = jnp.ones((1, batch), jnp.float32)
+    if activation is not None:
+        x, x_scales = _quantize(x, weight, activation)
+    out = _multiply(x, x_scales, weight, out_dtype, config, interpret)
     return out.reshape(*batch_shape, weight.out_features)
+
+
+def _quantize(x, weight, activation):
+    """Codes [batch, columns], each 16 in the order in which a thread has the weight's; scales [1 or tiles, batch]."""
+    dtype = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}[activation]
+    codes, scales = reference.quantize_rows(x, dtype, reference.activation_group(weight))
+    codes = codes.reshape(x.shape[0], -1)
+    codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 16)))
+    # A thread's word has the columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9; wgmma takes it for 4 q to 4 q + 3.
+    parts = codes.reshape(x.shape[0], -1, 2, 4, 2).transpose(0, 1, 3, 2, 4)
+    return parts.reshape(codes.shape), scales.reshape(x.shape[0], -1).T
 
 
 class _Sizes(NamedTuple):
@@ -171,6 +187,11 @@ class _Sizes(NamedTuple):
         """Columns that are multiplied at once."""
         return TILE_COLUMNS // max(1, self.groups)
 
+    @property
+    def quantized(self):
+        """Whether activations are quantized too."""
+        return jnp.dtype(self.dtype).itemsize == 1
+
 
 def _sizes(x, weight, out_dtype, config, interpret):
     tiles, column_tiles = weight.codes.shape[:2]
@@ -186,17 +207,13 @@ def _sizes(x, weight, out_dtype, config, interpret):
     )  # fmt: skip
 
 
-def _multiply(x, weight, out_dtype, config, interpret):
+def _multiply(x, x_scales, weight, out_dtype, config, interpret):
     """[batch, in] -> [batch, out]."""
     sizes = _sizes(x, weight, out_dtype, config, interpret)
     tiles, column_tiles = weight.codes.shape[:2]
-    x = jnp.pad(
-        x,
-        (
-            (0, sizes.batch_tiles * sizes.tile_batch - sizes.batch),
-            (0, column_tiles * TILE_COLUMNS - weight.in_features),
-        ),
-    )
+    more_rows = sizes.batch_tiles * sizes.tile_batch - sizes.batch
+    x = jnp.pad(x, ((0, more_rows), (0, column_tiles * TILE_COLUMNS - x.shape[1])))
+    x_scales = jnp.pad(x_scales, ((0, 0), (0, more_rows)))
     shares = _Shares(sizes)
     if shares.in_slots:
         shape = shares.num_slots, sizes.batch_tiles, tiles, TILE_ROWS, sizes.tile_batch
@@ -214,7 +231,7 @@ def _multiply(x, weight, out_dtype, config, interpret):
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(x, weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros)
+    )(x, x_scales, weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros)
     if shares.in_slots:
         out = _add_slots(out, shares.slots_of_block, config).astype(out_dtype)
     return out[: sizes.batch, : weight.out_features]
@@ -245,8 +262,9 @@ class _Shared(NamedTuple):
 def _scratch(sizes, weight):
     config = sizes.config
     warpgroups, stages, tiles = config.warpgroups, config.stages, config.step_tiles
-    line = min(64, sizes.span)
-    swizzled = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(2 * line))
+    itemsize = jnp.dtype(sizes.dtype).itemsize
+    line = min(128 // itemsize, sizes.span)
+    swizzled = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(line * itemsize))
     grouped = (stages, warpgroups, tiles * sizes.groups, TILE_ROWS)
     copies = 1 + warpgroups * (1 + (sizes.groups > 0) + sizes.has_zeros)
     return _Shared(
@@ -298,7 +316,7 @@ class _Shares:
         return jnp.where(at < in_rest, lax.div(at, jnp.int32(self.each + 1)), after)
 
 
-def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
+def _kernel(sizes, x_ref, x_scales_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
     shared = _Shared(*scratch)
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
     consumers = sizes.config.warpgroups
@@ -313,7 +331,7 @@ def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
     @pl.when(warpgroup < consumers)
     def _():
         plgpu.set_max_registers(_REGISTERS[consumers], action="increase")
-        _compute(sizes, index, batch_tile, warpgroup, scales_ref, out_ref, shared)
+        _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_ref, shared)
 
 
 def _copy(sizes, index, batch_tile, x_ref, codes_ref, scales_ref, zeros_ref, shared):
@@ -348,16 +366,22 @@ def _copy(sizes, index, batch_tile, x_ref, codes_ref, scales_ref, zeros_ref, sha
     lax.fori_loop(0, count, copy, None)
 
 
-def _compute(sizes, index, batch_tile, warpgroup, scales_ref, out_ref, shared):
+def _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_ref, shared):
     """A warpgroup's rows of every block that the share has a part of."""
     shares = _Shares(sizes)
     first, count = shares.first_and_count(index)
+
+    def x_scales_of(tile):
+        batch = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch)
+        scales = plgpu.load(x_scales_ref.at[tile, batch], layout=BY_COLUMN, optimized=False)
+        return lax.broadcast_in_dim(scales, (TILE_ROWS, sizes.tile_batch), [1])
 
     def part_of_block(i):
         block, k = lax.div(first + i, jnp.int32(sizes.steps)), lax.rem(first + i, jnp.int32(sizes.steps))
         stop = jnp.minimum(i + sizes.steps - k, count)
         acc = plgpu.layout_cast(jnp.zeros((TILE_ROWS, sizes.tile_batch), jnp.float32), plgpu.Layout.WGMMA)
-        acc = lax.fori_loop(i, stop, functools.partial(_add_step, sizes, warpgroup, shared, count), acc)
+        add_step = functools.partial(_add_step, sizes, warpgroup, shared, count, x_scales_of, i - k)
+        acc = lax.fori_loop(i, stop, add_step, acc)
         tile = block * sizes.config.warpgroups + warpgroup
 
         @pl.when(tile < sizes.tiles)
@@ -366,6 +390,8 @@ def _compute(sizes, index, batch_tile, warpgroup, scales_ref, out_ref, shared):
             if not sizes.groups:
                 scales = _by_row(scales_ref.at[tile, 0]).astype(jnp.float32)
                 products *= _along_columns(scales, acc.shape)
+                if sizes.quantized:
+                    products *= x_scales_of(0)
             if shares.in_slots:
                 out_ref[index - shares.owner(block * sizes.steps), batch_tile, tile] = products
             else:
@@ -381,10 +407,13 @@ def _along_columns(values, shape):
     return lax.broadcast_in_dim(values, shape, [0])
 
 
-def _add_step(sizes, warpgroup, shared, count, i, acc):
-    """Adds the products of a step's tiles to acc, float32 [64, tile_batch]."""
+def _add_step(sizes, warpgroup, shared, count, x_scales_of, block_start, i, acc):
+    """Adds the products of a step's tiles to acc, float32 [64, tile_batch]. The block starts with step block_start."""
     config = sizes.config
     slot = lax.rem(i, jnp.int32(config.stages))
+    x_scales = None
+    if sizes.quantized and sizes.groups:  # asked for before the wait
+        x_scales = [x_scales_of((i - block_start) * config.step_tiles + tile) for tile in range(config.step_tiles)]
     plgpu.barrier_wait(shared.full.at[slot])
     for tile in range(config.step_tiles):
         for part, values in enumerate(_unpack(sizes, shared.codes.at[slot, warpgroup, tile])):
@@ -396,12 +425,15 @@ def _add_step(sizes, warpgroup, shared, count, i, acc):
             values = _center(sizes, values, zeros)
             columns = pl.ds(tile * TILE_COLUMNS + part * sizes.span, sizes.span)
             activations = shared.x.at[slot, :, columns].T
+            if not sizes.groups and not sizes.quantized:
+                acc = _product(sizes, values, activations, warpgroup, shared, acc)
+                continue
+            # Sums of fp8 products have few bits in the tensor cores: no more than a tile's are left to them.
+            product = _product(sizes, values, activations, warpgroup, shared).astype(jnp.float32)
             if sizes.groups:
                 scales = _by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32)
-                product = _product(sizes, values, activations, warpgroup, shared)
-                acc += product * _along_columns(scales, acc.shape)
-            else:
-                acc = _product(sizes, values, activations, warpgroup, shared, acc)
+                product *= _along_columns(scales, acc.shape)
+            acc += product if x_scales is None else product * x_scales[tile]
 
     @pl.when(i + config.stages < count)
     def _():
@@ -417,6 +449,7 @@ def _by_row(ref):
 def _product(sizes, values, activations, warpgroup, shared, acc=None):
     """values x activations, added to acc if there is one."""
     shape = TILE_ROWS, sizes.tile_batch
+    dtype = jnp.int32 if sizes.dtype == jnp.int8 else jnp.float32
     if sizes.interpret:  # knows no wgmma of registers, and no run_state
         shared.values[warpgroup] = values
         plgpu.commit_smem()
@@ -425,7 +458,7 @@ def _product(sizes, values, activations, warpgroup, shared, acc=None):
             plgpu.wgmma(acc_ref, shared.values.at[warpgroup], activations)
             return acc_ref[...]
 
-        product = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        product = pl.run_scoped(multiply, plgpu.ACC(shape, dtype))
         return product if acc is None else acc + product
 
     def multiply(acc_ref):
@@ -436,7 +469,7 @@ def _product(sizes, values, activations, warpgroup, shared, acc=None):
         plgpu.wgmma(acc_ref, values, activations)
 
     if acc is None:
-        return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        return pl.run_scoped(multiply, plgpu.ACC(shape, dtype))
     return pl.run_state(add)(plgpu.ACC.init(acc))
 
 
@@ -501,7 +534,11 @@ def _unpack(sizes, tile_ref):
     words = plgpu.load(tile_ref, layout=plgpu.Layout.WG_STRIDED(tile_ref.shape, vec_size=4), optimized=False)
     if sizes.interpret:
         codes = unpack_tiles(words[None, None], sizes.format).astype(sizes.dtype)
+        if sizes.quantized:
+            codes = codes.reshape(TILE_ROWS, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(codes.shape)
         return [codes[:, i : i + sizes.span] for i in range(0, TILE_COLUMNS, sizes.span)]
+    if sizes.quantized:
+        return mosaic.registers_of_words(words, "", 1, sizes.span, sizes.dtype)
     ptx, inputs = _PTX[sizes.format, jnp.dtype(sizes.dtype).name]
     return mosaic.registers_of_words(words, ptx, inputs, sizes.span, sizes.dtype)
 
@@ -509,6 +546,8 @@ def _unpack(sizes, tile_ref):
 def _center(sizes, values, zeros):
     """Takes away what the instructions of _PTX leave in the values. All of it is exact."""
     bfloat16 = sizes.dtype == jnp.bfloat16
+    if sizes.quantized:
+        return values
     if sizes.interpret:
         return values - zeros if sizes.format == "int4" else values
     if sizes.format == "int4":
