@@ -325,7 +325,9 @@ def quant_activations(spec: QuantSpec) -> jax.Array:
 def check_quant(spec: QuantSpec, kernel: Callable) -> float:
     """Largest difference, where the products' standard deviation is 1."""
     x, (weight,) = quant_activations(spec), quant_weights(jax.random.key(0), spec, 1)
-    expected = quant_reference.quant_matmul(x.astype(jnp.float32), weight, activation=None, out_dtype=jnp.float32)
+    expected = quant_reference.quant_matmul(
+        x.astype(jnp.float32), weight, activation=spec.activation, out_dtype=jnp.dtype(jnp.float32)
+    )
     expected = np.asarray(expected)
     outs = []
     for _ in range(2):
@@ -377,14 +379,16 @@ def quant_cases(quick: bool) -> Iterator[Case]:
             check, chain = (lambda: 0.0), functools.partial(dense_chain, spec)
         else:
             dtype = jnp.dtype(jnp.bfloat16)
-            kernel = functools.partial(quant_kernel.quant_matmul, activation=None, out_dtype=dtype, config=config)
+            kernel = functools.partial(
+                quant_kernel.quant_matmul, activation=spec.activation, out_dtype=dtype, config=config
+            )
             name, nbytes = spec.name, weight.nbytes
             check, chain = functools.partial(check_quant, spec, kernel), functools.partial(quant_chain, spec, kernel)
         work, unit = (flops, "flops") if prefill else (nbytes, "bytes")
         return Case("quant_matmul", name, str(config or "default"), check, chain, work, unit)
 
     for spec in QUANT_SPECS:
-        if spec.format == "int8":
+        if spec.format == "int8" and not spec.activation:
             yield case(spec, "XLA")
         yield case(spec, None)
     for spec in [] if quick else QUANT_SPECS:

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spec:
-    """`batch` rows times a weight [out_features, in_features]; `zeros`: whether it has some (AWQ, GPTQ)."""
+    """`batch` rows times a weight [out_features, in_features].
+
+    `zeros`: whether the weight has some (AWQ, GPTQ); `activation`: as in quant_matmul.
+    """
 
     name: str
     format: str
@@ -14,6 +17,7 @@ class Spec:
     out_features: int = 14336
     in_features: int = 4096
     zeros: bool = False
+    activation: str | None = None
 
 
 _KINDS = {
@@ -33,6 +37,12 @@ SPECS = (
         Spec(f"llama3-8b o {name} b{batch}", *kind, batch, 4096, 4096)
         for batch in (1, 16, 64, 256)
         for name, kind in _KINDS.items()
+    ),
+    *(
+        Spec(f"llama3-8b up {name} x {kind[0]} b{batch}", *kind, batch, activation=kind[0])
+        for batch in (1, 64, 256, 2048)
+        for name, kind in _KINDS.items()
+        if kind[0] != "int4"
     ),
     *(Spec(f"llama3-8b up int4 g128 zeros b{batch}", "int4", 128, batch, zeros=True) for batch in (1, 16)),
     Spec("llama3-8b up int4 g32 b1", "int4", 32, 1),

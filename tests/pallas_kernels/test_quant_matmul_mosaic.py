@@ -1,6 +1,7 @@
 """The Hopper kernel of quant_matmul, interpreted against NumPy; on a GPU against the reference."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ CASES = {
 }
 
 
-def quantize(x, weight, out_dtype="float32", **kwargs):
-    return mosaic_gpu.quant_matmul(x, weight, activation=None, out_dtype=jnp.dtype(out_dtype), **kwargs)
+def multiply(x, weight, out_dtype="float32", activation=None, **kwargs):
+    return mosaic_gpu.quant_matmul(x, weight, activation=activation, out_dtype=jnp.dtype(out_dtype), **kwargs)
 
 
 @interpreted
@@ -43,16 +44,40 @@ def test_interpreted(case):
     x = jnp.asarray(np.random.default_rng(2).normal(size=(batch, in_)), dtype)
     assert mosaic_gpu.supported(x, weight, activation=None, out_dtype=jnp.dtype("float32"), interpret=True) is None
     config = Config(*config)
-    y = quantize(x, weight, config=config, interpret=True)
+    y = multiply(x, weight, config=config, interpret=True)
     expected = np.asarray(x, np.float64)[:, permutation] @ values.T
     assert y.shape == (batch, out) and y.dtype == jnp.float32
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+@interpreted
+@pytest.mark.parametrize(("format", "group_size"), [("fp8", -1), ("fp8", 128), ("fp8", 32), ("int8", -1)])
+def test_quantized_activations_interpreted(format, group_size):
+    codes, scales, _, _ = canonical(0, 128, 300, format, group_size)
+    weight = pack(codes, scales, format=format, group_size=group_size)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 300)), jnp.bfloat16)
+    arguments = {"activation": format, "out_dtype": jnp.dtype(jnp.float32)}
+    y = mosaic_gpu.quant_matmul(x, weight, **arguments, config=Config(2, 1, 2, 2, 8), interpret=True)
+    expected = reference.quant_matmul(x, weight, **arguments)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+@interpreted
+@pytest.mark.parametrize("batch", [3, 16])
+def test_whole_blocks_are_written_as_they_are(batch):
+    codes, scales, _, values = canonical(0, 200, 256, "int8", -1)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(batch, 256)), jnp.bfloat16)
+    config = Config(2, 1, 2, 2, 8, split=False)
+    y = multiply(x, pack(codes, scales, format="int8"), "bfloat16", config=config, interpret=True)
+    expected = np.asarray(x, np.float64) @ values.T
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5 * np.abs(expected).max())
+
+
 def test_a_large_batch_goes_to_xla():
     codes, scales, _, values = canonical(0, 128, 128, "int4", 128)
     x = jnp.ones((2, 5, 128), jnp.bfloat16)
-    y = quantize(x, pack(codes, scales, format="int4", group_size=128), config=Config(2, 1, 2, 1, 8, max_batch=9))
+    y = multiply(x, pack(codes, scales, format="int4", group_size=128), config=Config(2, 1, 2, 1, 8, max_batch=9))
     np.testing.assert_allclose(y, np.broadcast_to(values.sum(axis=1), (2, 5, 128)), rtol=0.02, atol=1)
 
 
@@ -95,14 +120,17 @@ def test_spec_on_the_gpu(spec):
     weight = jax.device_put(pack(codes, scales, zeros, format=spec.format, group_size=spec.group_size))
     for dtype in ("bfloat16", "float16"):
         x = jnp.asarray(rng.normal(size=(spec.batch, spec.in_features)), dtype)
-        y = np.asarray(quantize(x, weight))
+        product = functools.partial(multiply, weight=weight, activation=spec.activation)
+        y = np.asarray(product(x))
         expected = np.asarray(
-            reference.quant_matmul(x.astype(jnp.float32), weight, activation=None, out_dtype=jnp.dtype(jnp.float32))
+            reference.quant_matmul(
+                x.astype(jnp.float32), weight, activation=spec.activation, out_dtype=jnp.dtype(jnp.float32)
+            )
         )
         np.testing.assert_allclose(y, expected, atol=1e-3 * expected.std(), rtol=1e-3)
         # A row's product does not depend on what else is in the batch.
         others = jnp.where((jnp.arange(spec.batch) % 2 == 0)[:, None], x, jnp.nan)
-        np.testing.assert_array_equal(np.asarray(quantize(others, weight))[::2], y[::2])
+        np.testing.assert_array_equal(np.asarray(product(others))[::2], y[::2])
 
 
 @pytest.mark.gpu
@@ -115,4 +143,4 @@ def test_every_configuration_gives_the_same(step_tiles, warpgroups):
     config = dataclasses.replace(config, warpgroups=warpgroups, step_tiles=step_tiles, num_ctas=7)
     config = mosaic_gpu.with_stages(weight, config)
     expected = np.asarray(x, np.float64) @ values.T
-    np.testing.assert_allclose(quantize(x, weight, config=config), expected, atol=1e-3 * expected.std(), rtol=1e-3)
+    np.testing.assert_allclose(multiply(x, weight, config=config), expected, atol=1e-3 * expected.std(), rtol=1e-3)
