@@ -132,10 +132,10 @@ class _Scoring(NamedTuple):
         return seen if self.window is None else seen & (distances < self.window)
 
     def first_key(self, positions):
-        """The first key that any query at positions i32[...] sees; -1 stands for no query."""
+        """The first key that a tile's queries at positions i32[G, B] see, i32[G]; -1 stands for no query."""
         if self.window is None:
-            return jnp.int32(0)
-        first_query = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min()
+            return jnp.zeros(positions.shape[0], jnp.int32)
+        first_query = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min(axis=1)
         return jnp.maximum(first_query - (self.window - 1), 0)
 
 
@@ -148,7 +148,7 @@ def _attend_group(q, positions, page_rows, kv, chunk_pages, scoring):
     # M = (R, B): the queries that meet the same keys are the rows of one matrix product; K and V are never repeated.
     q = q.astype(jnp.float32).reshape(G, B, K, R, H).transpose(0, 2, 3, 1, 4).reshape(G, K, R * B, H)
     query_positions = jnp.broadcast_to(positions[:, None, None, :], (G, 1, R, B)).reshape(G, 1, R * B, 1)
-    last_position = positions.max(axis=1)
+    first_key, last_position = scoring.first_key(positions), positions.max(axis=1)
     chunk = chunk_pages * page_size
 
     def add_chunk(i, state):
@@ -157,8 +157,9 @@ def _attend_group(q, positions, page_rows, kv, chunk_pages, scoring):
         ids = lax.dynamic_slice_in_dim(page_rows, i * chunk_pages, chunk_pages, axis=1)
         key_positions = i * chunk + jnp.arange(chunk)
         k, v = kv.gather(ids)
-        # A weight of zero does not silence a NaN: what lies past the row's end is replaced, not only masked.
-        v = jnp.where((key_positions <= last_position[:, None])[:, None, :, None], v, 0)
+        # A weight of zero does not silence a NaN: what no query of the tile sees is replaced, not only masked.
+        seen = (key_positions >= first_key[:, None]) & (key_positions <= last_position[:, None])
+        v = jnp.where(seen[:, None, :, None], v, 0)
         distances = query_positions - key_positions
         visible = scoring.sees(distances)
         scores = scoring.scores(jnp.einsum("gkmh,gkch->gkmc", q, k), distances, R)
@@ -173,7 +174,7 @@ def _attend_group(q, positions, page_rows, kv, chunk_pages, scoring):
     start = jnp.full((G, K, R * B), MASKED), jnp.zeros((G, K, R * B)), jnp.zeros((G, K, R * B, V))
     # last_position // chunk + 1 chunks reach the farthest query's own key; none if the group has no query.
     num_chunks = jnp.minimum(last_position.max() // chunk + 1, page_rows.shape[1] // chunk_pages)
-    _, total, acc = lax.fori_loop(scoring.first_key(positions) // chunk, num_chunks, add_chunk, start)
+    _, total, acc = lax.fori_loop(first_key.min() // chunk, num_chunks, add_chunk, start)
     out = acc / jnp.where(total == 0, 1, total)[..., None]
     return out.reshape(G, K, R, B, V).transpose(0, 3, 1, 2, 4).reshape(G, B, N, V)
 
