@@ -1,4 +1,6 @@
-"""paged_decode: attention of one query a row over the row's pages."""
+"""paged_decode: attention of one query a row, or a few, over the row's pages."""
+
+from functools import partial
 
 import jax
 
@@ -7,7 +9,10 @@ from pallas_kernels.checks import check_attention, check_options
 from pallas_kernels.paged_decode import mosaic_gpu, reference
 
 _IMPLEMENTATIONS = {
-    "mosaic_gpu": dispatch.Implementation(mosaic_gpu.paged_decode, mosaic_gpu.supported, ("gpu",)),
+    "mosaic_gpu": dispatch.Implementation(mosaic_gpu.paged_decode, mosaic_gpu.supported, platforms=("gpu",)),
+    "interpret": dispatch.Implementation(
+        partial(mosaic_gpu.paged_decode, interpret=True), partial(mosaic_gpu.supported, interpret=True), platforms=()
+    ),
     "reference": dispatch.Implementation(reference.paged_decode),
 }
 
@@ -30,9 +35,12 @@ def paged_decode(
     """Attention of each row's newest token over all of its KV (Kwon et al., "PagedAttention", SOSP 2023).
 
     Args:
-      q: [S, N, H]; N a multiple of K (grouped-query attention).
+      q: [S, N, H]; N a multiple of K (grouped-query attention). Or [S, Q, N, H], the last Q tokens' of each row, of
+        which each sees the keys up to its own (speculative decoding; Q is meant to be small). Where a row has fewer
+        than Q tokens, the output of the first queries is zeros.
       k_pages, v_pages: [P, K, page_size, H].
-      page_table: i32[S, W], the row's pages in order. Entries past the row's length may hold anything.
+      page_table: i32[S, W], the row's pages in order. Entries past the row's length may hold anything, and so may
+        those before the window.
       kv_lens: i32[S], at most W * page_size. 0 marks an unused row, whose output is zeros.
       scale: multiplies the scores, usually H ** -0.5.
       window: a query sees the last `window` keys alone, its own among them (Beltagy et al., "Longformer", 2020).
@@ -41,11 +49,11 @@ def paged_decode(
       k_scales, v_scales: f32[P, K, page_size], for pages of int8 or float8_e4m3fn: what a token's values are multiplied
         with. None for other dtypes.
 
-    Returns: [S, N, H] in q's dtype; softmax and sums in float32.
+    Returns: like q, in its dtype; softmax and sums in float32.
 
     Raises: ValueError naming the argument whose shape does not fit.
     """
-    sizes = check_attention(q, k_pages, v_pages, page_table, kv_lens, "S N H")
+    sizes = check_attention(q, k_pages, v_pages, page_table, kv_lens, "S Q N H" if q.ndim == 4 else "S N H")
     options = check_options(sizes, k_pages, window, soft_cap, alibi_slopes, k_scales, v_scales)
     return dispatch.run(
         "paged_decode", _IMPLEMENTATIONS, backend, q, k_pages, v_pages, page_table, kv_lens, scale=scale, **options

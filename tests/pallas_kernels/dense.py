@@ -1,6 +1,6 @@
 """Attention in NumPy and float64, one query at a time: the reference of the references. And random paged inputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,11 +36,23 @@ def random_pages(rng, kv_lens, *, width, num_pages, K, H, page_size, dtype="floa
     return Paged(keys, values, k_pages, v_pages, jnp.asarray(table, jnp.int32), jnp.asarray(kv_lens, jnp.int32))
 
 
+def forget(paged: Paged, before: list[int], page_size: int) -> Paged:
+    """Poisons each row's tokens in front of its `before`, and takes the pages that hold nothing else from the table."""
+    k_pages, v_pages, table = (np.array(x) for x in (paged.k_pages, paged.v_pages, paged.page_table))
+    for row, stop in enumerate(before):
+        for i in range(-(-stop // page_size)):
+            for pool in (k_pages, v_pages):
+                pool[table[row, i], :, : max(0, min(page_size, stop - i * page_size))] = np.nan
+        table[row, : stop // page_size] = -1
+    k_pages, v_pages, table = jnp.asarray(k_pages), jnp.asarray(v_pages), jnp.asarray(table)
+    return replace(paged, k_pages=k_pages, v_pages=v_pages, page_table=table)
+
+
 def attend(q, keys, values, scale, *, window=None, soft_cap=None, alibi_slopes=None) -> np.ndarray:
-    """One query [N, H], the last key's, over keys and values [n, K, H] -> [N, H], float64."""
+    """One query [N, H], the last key's, over keys [n, K, H] and values [n, K, V] -> [N, V], float64."""
     group = q.shape[0] // keys.shape[1]
     distances = np.arange(len(keys))[::-1]
-    out = np.zeros(q.shape)
+    out = np.zeros((q.shape[0], values.shape[2]))
     for head in range(q.shape[0]):
         scores = keys[:, head // group] @ q[head].astype(np.float64) * scale
         if soft_cap is not None:

@@ -1,5 +1,7 @@
 """The Hopper kernel of paged_decode, interpreted against dense NumPy attention; on a GPU against the reference."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,66 +12,143 @@ from hypothesis import strategies as st
 from pallas_kernels import mosaic
 from pallas_kernels.paged_decode import mosaic_gpu, reference
 from pallas_kernels.paged_decode.mosaic_gpu import Config
+from pallas_kernels.paged_decode.schedule import Span, cut
 from pallas_kernels.paged_decode.specs import SPECS
-from tests.pallas_kernels.dense import attend, random_pages
+from tests.pallas_kernels.dense import attend, forget, quantize, random_pages, rounded
 
 interpreted = pytest.mark.skipif(mosaic.unsupported(interpret=True) is not None, reason="interpret mode needs jax 0.11")
 
-# Row lengths; N, K, H, page size; CTAs; dtype. What each is for is said on the left.
+# Row lengths; N, K, H, page size; CTAs; dtype; options. What each is for is said on the left.
 CASES = {
-    "grouped": ([5, 0, 130, 64, 0], (8, 2, 64, 16), 3, "bfloat16"),
-    "one row in many parts": ([700], (4, 1, 64, 64), 11, "bfloat16"),
-    "more CTAs than blocks": ([70, 3], (8, 1, 128, 32), 9, "float16"),
-    "multi-head": ([100, 1], (8, 8, 64, 16), 4, "bfloat16"),
-    "padded groups": ([66, 64], (9, 3, 64, 16), 2, "bfloat16"),
-    "16 to a group": ([150], (32, 2, 128, 16), 3, "bfloat16"),
-    "head dim 256": ([90], (4, 2, 256, 32), 2, "bfloat16"),
-    "folded": ([5, 0, 260, 63, 1], (8, 4, 32, 16), 3, "bfloat16"),
-    "folded and padded": ([131, 2], (6, 2, 32, 32), 2, "bfloat16"),
+    "grouped": ([5, 0, 130, 64, 0], (8, 2, 64, 16), 3, "bfloat16", {}),
+    "one row in many parts": ([700], (4, 1, 64, 64), 11, "bfloat16", {}),
+    "more CTAs than blocks": ([70, 3], (8, 1, 128, 32), 9, "float16", {}),
+    "multi-head": ([100, 1], (8, 8, 64, 16), 4, "bfloat16", {}),
+    "padded groups": ([66, 64], (9, 3, 64, 16), 2, "bfloat16", {}),
+    "16 to a group": ([150], (32, 2, 128, 16), 3, "bfloat16", {}),
+    "head dim 256": ([90], (4, 2, 256, 32), 2, "bfloat16", {}),
+    "head dim 96": ([130, 17], (4, 4, 96, 16), 2, "bfloat16", {}),
+    "head dim 80": ([70, 0], (4, 1, 80, 32), 2, "float16", {}),
+    "folded": ([5, 0, 260, 63, 1], (8, 4, 32, 16), 3, "bfloat16", {}),
+    "folded and padded": ([131, 2], (6, 2, 32, 32), 2, "bfloat16", {}),
+    "window within a block": ([300, 3, 64, 0], (8, 2, 64, 16), 3, "bfloat16", dict(window=20)),
+    "window over blocks": ([300, 140, 129], (4, 2, 64, 16), 4, "bfloat16", dict(window=129)),
+    "window of one key": ([65, 1], (4, 1, 64, 32), 2, "bfloat16", dict(window=1)),
+    "folded window": ([300, 3], (4, 2, 32, 16), 3, "bfloat16", dict(window=50)),
+    "soft cap": ([90, 1], (4, 2, 64, 16), 2, "bfloat16", dict(soft_cap=2.0)),
+    "slopes": ([200, 3], (4, 2, 64, 16), 3, "bfloat16", dict(slopes=True)),
+    "slopes, padded": ([130], (3, 1, 64, 16), 2, "bfloat16", dict(slopes=True)),
+    "slopes, folded": ([130, 5], (4, 2, 32, 16), 2, "bfloat16", dict(slopes=True, soft_cap=3.0)),
+    "four queries": ([200, 64, 2, 0, 67], (4, 2, 64, 16), 4, "bfloat16", dict(queries=4)),
+    "three queries, padded": ([66, 1], (6, 2, 64, 32), 2, "bfloat16", dict(queries=3)),
+    "two queries, folded": ([130, 1], (4, 2, 32, 16), 2, "bfloat16", dict(queries=2)),
+    "int8": ([100, 0, 1], (4, 2, 64, 32), 2, "bfloat16", dict(kv_dtype="int8")),
+    "int8 and float16": ([70], (4, 1, 128, 64), 2, "float16", dict(kv_dtype="int8")),
+    "float8": ([100, 0, 64], (4, 2, 128, 32), 2, "bfloat16", dict(kv_dtype="float8_e4m3fn")),
+    "float8, windowed": ([200, 70], (2, 1, 64, 64), 2, "bfloat16", dict(kv_dtype="float8_e4m3fn", window=70)),
+    "int8, four queries": ([130, 3], (2, 1, 64, 32), 2, "bfloat16", dict(kv_dtype="int8", queries=4)),
+    "all at once": ([300, 2], (4, 2, 64, 16), 3, "bfloat16", dict(queries=2, window=70, soft_cap=3.0, slopes=True)),
 }
+
+
+def slopes_of(N):
+    return jnp.asarray(2.0 ** -np.arange(1, N + 1), jnp.float32)
+
+
+def expected_of(q, paged, scale, **options):
+    """Dense attention of q [S, N, H] or [S, Q, N, H], float64."""
+    expected = np.zeros(q.shape)
+    for row, (keys, values) in enumerate(zip(paged.keys, paged.values, strict=True)):
+        if q.ndim == 3 and len(keys):
+            expected[row] = attend(np.asarray(q[row], np.float64), keys, values, scale, **options)
+        for i in range(q.shape[1] if q.ndim == 4 else 0):
+            seen = len(keys) - q.shape[1] + 1 + i
+            if seen > 0:
+                query = np.asarray(q[row, i], np.float64)
+                expected[row, i] = attend(query, keys[:seen], values[:seen], scale, **options)
+    return expected
+
+
+def inputs_of(case):
+    kv_lens, (N, K, H, page_size), _, dtype, options = case
+    queries, window = options.get("queries"), options.get("window")
+    rng = np.random.default_rng(0)
+    used = sum(-(-n // page_size) for n in kv_lens)
+    width = -(-max(kv_lens) // page_size) + 1
+    paged = random_pages(rng, kv_lens, width=width, num_pages=used + 1, K=K, H=H, page_size=page_size, dtype=dtype)
+    if window is not None:
+        paged = forget(paged, [max(0, n - (queries or 1) + 1 - window) for n in kv_lens], page_size)
+    q = jnp.asarray(rng.normal(size=(len(kv_lens), *([queries] if queries else []), N, H)), dtype)
+    scales = {}
+    if (kv_dtype := options.get("kv_dtype")) is not None:
+        (k, k_scales), (v, v_scales) = (quantize(x, kv_dtype) for x in (paged.k_pages, paged.v_pages))
+        scales = dict(k_scales=k_scales, v_scales=v_scales)
+        keys, values = ([rounded(x, kv_dtype) for x in rows] for rows in (paged.keys, paged.values))
+        paged = replace(paged, k_pages=k, v_pages=v, keys=keys, values=values)
+    slopes = dict(alibi_slopes=slopes_of(N)) if options.get("slopes") else {}
+    return q, paged, {name: x for name, x in options.items() if name in ("window", "soft_cap")} | slopes, scales
 
 
 @interpreted
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_interpreted(case):
-    kv_lens, (N, K, H, page_size), ctas, dtype = case
-    rng = np.random.default_rng(0)
-    used = sum(-(-n // page_size) for n in kv_lens)
-    width = -(-max(kv_lens) // page_size) + 1
-    paged = random_pages(rng, kv_lens, width=width, num_pages=used + 1, K=K, H=H, page_size=page_size, dtype=dtype)
-    q = jnp.asarray(rng.normal(size=(len(kv_lens), N, H)), dtype)
+    q, paged, options, scales = inputs_of(case)
     args = (q, paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens)
-    assert mosaic_gpu.supported(*args, scale=0.2, interpret=True) is None
-    config = Config(block_keys=64, stages=2, num_ctas=ctas)
-    out = mosaic_gpu.paged_decode(*args, scale=0.2, config=config, interpret=True)
+    assert mosaic_gpu.supported(*args, scale=0.2, interpret=True, **options, **scales) is None
+    config = Config(block_keys=64, stages=2, num_ctas=case[2])
+    out = mosaic_gpu.paged_decode(*args, scale=0.2, config=config, interpret=True, **options, **scales)
     assert out.shape == q.shape and out.dtype == q.dtype
-    for row, length in enumerate(kv_lens):
-        query = np.asarray(q[row], np.float64)
-        expected = attend(query, paged.keys[row], paged.values[row], 0.2) if length else np.zeros((N, H))
-        np.testing.assert_allclose(np.asarray(out[row], np.float64), expected, atol=2e-2, rtol=2e-2)
+    expected = expected_of(q, paged, 0.2, **options)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_reference_of_the_same(case):
+    q, paged, options, scales = inputs_of(case)
+    args = (q, paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens)
+    out = reference.paged_decode(*args, scale=0.2, **options, **scales)
+    expected = expected_of(q, paged, 0.2, **options)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=2e-2, rtol=2e-2)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 300), min_size=6, max_size=6), st.sampled_from([1, 3]), st.sampled_from([1, 4, 40]))
-def test_schedule_takes_every_block_once(lens, K, G):
-    block = 64
-    schedule = jax.jit(mosaic_gpu._schedule, static_argnums=(1, 2, 3))(jnp.array(lens, jnp.int32), K, block, G)
+@given(
+    st.lists(st.integers(0, 300), min_size=6, max_size=6),
+    st.sampled_from([1, 3]),
+    st.sampled_from([1, 4, 40]),
+    st.sampled_from([(1, None), (3, None), (1, 1), (1, 70), (4, 130)]),
+)
+def test_schedule_takes_every_block_once(lens, K, G, queries_and_window):
+    span, page = Span(64, *queries_and_window), 16
+    table = jnp.arange(6 * 20, dtype=jnp.int32).reshape(6, 20)
+    schedule = jax.jit(cut, static_argnums=(2, 3, 4, 5))(jnp.array(lens, jnp.int32), table, K, span, page, G)
     starts, next_row, (share, rest) = map(np.asarray, schedule)
-    blocks = [-(-n // block) for n in lens]
-    wanted = [(row, head, j) for row, n in enumerate(blocks) for head in range(K) for j in range(n)]
+    blocks = [blocks_seen(n, span) for n in lens]
+    wanted = [(row, head, j) for row, n in enumerate(blocks) for head in range(K) for j in n]
     taken = []
-    for cta, (row, head, j, length, count) in enumerate(starts.tolist()):
+    for cta, (row, head, j, length, count, *ids) in enumerate(starts.tolist()):
         assert count == share + (cta < rest)
-        assert not count or length == lens[row]
+        if count:
+            assert length == lens[row]
+            seen = [i for i in range(20) if i * page < length and (i + 1) * page > span.first_token(length)]
+            entries = np.clip((blocks[row][j] * 4) + np.arange(4), seen[0], seen[-1])
+            assert ids == (row * 20 + entries).tolist()
         for _ in range(count):
-            taken.append((row, head, j))
+            taken.append((row, head, blocks[row][j]))
             j += 1
-            if j == blocks[row]:
+            if j == len(blocks[row]):
                 row, head, j = (next_row[row], 0, 0) if head == K - 1 else (row, head + 1, 0)
     assert taken == wanted
 
 
-@pytest.mark.parametrize(("tile", "H"), [(8, 64), (8, 128), (16, 128), (64, 128), (8, 256), (32, 256)])
+def blocks_seen(length, span):
+    """The blocks with a token that a query sees, found token by token."""
+    last = range(max(0, length - span.queries), length)
+    seen = {key for query in last for key in range(query + 1) if span.window is None or query - key < span.window}
+    return sorted({key // span.block for key in seen})
+
+
+@pytest.mark.parametrize(("tile", "H"), [(8, 64), (8, 96), (8, 128), (16, 128), (64, 128), (8, 256), (32, 256)])
 def test_default_config_fits_in_shared_memory(tile, H):
     config = mosaic_gpu.default_config(tile, H)
     ctas = config.num_ctas // mosaic.num_multiprocessors()
@@ -80,10 +159,12 @@ def test_default_config_fits_in_shared_memory(tile, H):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": jnp.float32}, "q float32 with KV float32, one of bfloat16 and float16 for both"),
-        ({"kv_dtype": jnp.float8_e4m3fn}, "q bfloat16 with KV float8_e4m3fn"),
-        ({"H": 80}, "head dim 80, one of 32, 64, 128, 256"),
-        ({"page_size": 24}, "page size 24, one of"),
+        ({"dtype": jnp.float32}, "q float32 with KV float32, bfloat16 or float16 for q"),
+        ({"kv_dtype": jnp.float8_e5m2}, "q bfloat16 with KV float8_e5m2"),
+        ({"H": 40}, "head dim 40 with KV bfloat16, one of 32, 64, 80, 96, 128, 256"),
+        ({"H": 32, "kv_dtype": jnp.int8}, "head dim 32 with KV int8, one of 64, 128, 256"),
+        ({"page_size": 24}, "page size 24 with KV bfloat16, one of 16, 32, 64"),
+        ({"kv_dtype": jnp.int8}, "page size 16 with KV int8, one of 32, 64"),
         ({"N": 128}, "128 query heads a KV head of head dim 64, at most 64"),
     ],
 )
