@@ -296,26 +296,27 @@ def prefill_cases(quick: bool) -> Iterator[Case]:
 # --- quant_matmul
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "count"))
 def quant_weights(key: jax.Array, spec: QuantSpec, count: int) -> list[QuantizedWeight]:
-    """Weights of random codes, scales around 1, and zeros 0 to 15."""
+    return [quant_weight(key, spec) for key in jax.random.split(key, count)]
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def quant_weight(key: jax.Array, spec: QuantSpec) -> QuantizedWeight:
+    """A weight of random codes, scales around 1, and zeros 0 to 15."""
     shapes = abstract_weight(
         spec.out_features, spec.in_features, format=spec.format, group_size=spec.group_size, zeros=spec.zeros,
         scale_dtype=jnp.float16 if spec.format == "int4" else jnp.float32,
     )  # fmt: skip
 
-    def weight(key):
-        keys = jax.random.split(key, 3)
-        codes = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], shapes.codes.shape, jnp.uint32), jnp.int32)
-        if spec.format == "fp8":  # without NaN
-            codes &= jnp.int32(-0x40404041)
-        scales = jax.random.uniform(keys[1], shapes.scales.shape, jnp.float32, 0.5, 1.5).astype(shapes.scales.dtype)
-        zeros = None
-        if shapes.zeros is not None:
-            zeros = jax.random.randint(keys[2], shapes.zeros.shape, 0, 16).astype(shapes.zeros.dtype)
-        return dataclasses.replace(shapes, codes=codes, scales=scales, zeros=zeros)
-
-    return [weight(key) for key in jax.random.split(key, count)]
+    keys = jax.random.split(key, 3)
+    codes = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], shapes.codes.shape, jnp.uint32), jnp.int32)
+    if spec.format == "fp8":  # without NaN
+        codes &= jnp.int32(-0x40404041)
+    scales = jax.random.uniform(keys[1], shapes.scales.shape, jnp.float32, 0.5, 1.5).astype(shapes.scales.dtype)
+    zeros = None
+    if shapes.zeros is not None:
+        zeros = jax.random.randint(keys[2], shapes.zeros.shape, 0, 16).astype(shapes.zeros.dtype)
+    return dataclasses.replace(shapes, codes=codes, scales=scales, zeros=zeros)
 
 
 def quant_activations(spec: QuantSpec) -> jax.Array:
@@ -350,8 +351,8 @@ def quant_chain(spec: QuantSpec, kernel: Callable) -> tuple[Callable, tuple]:
 
 def dense_chain(spec: QuantSpec) -> tuple[Callable, tuple]:
     """The same with bfloat16 weights, by XLA."""
-    shape = (CHAIN, spec.out_features, spec.in_features)
-    weights = list(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
+    make = jax.jit(lambda key: jax.random.normal(key, (spec.out_features, spec.in_features), jnp.bfloat16))
+    weights = [make(key) for key in jax.random.split(jax.random.key(0), CHAIN)]
     return jax.jit(lambda x, weights: [x @ weight.T for weight in weights]), (quant_activations(spec), weights)
 
 
@@ -422,7 +423,9 @@ def measure(case: Case, ceilings: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the default configurations alone")
-    parser.add_argument("--only", default="", help="cases whose op, shape or configuration contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases whose op, shape or configuration has one of these"
+    )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--seconds", type=float, default=140, help="no new case starts after this")
     parser.add_argument("--output-json")
@@ -436,7 +439,7 @@ def main() -> None:
     print(f"{'op':14s} {'shape':28s} {'configuration':58s} {'us':>8s} {'of ceiling':>10s} {'max diff':>9s}")
     done = []
     for case in (case for op in args.ops for case in OPS[op](args.quick)):
-        if args.only not in f"{case.op} {case.spec} {case.config}":
+        if not any(text in f"{case.op} {case.spec} {case.config}" for text in args.only):
             continue
         if time.perf_counter() - start > args.seconds:
             print(f"stopped after {args.seconds:.0f} s")
