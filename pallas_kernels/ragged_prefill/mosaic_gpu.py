@@ -700,10 +700,11 @@ def _store(sizes, out, tile, head, warpgroup, out_ref, shared):
             start, count = start + jnp.where(fits, count, 0), count // 2
 
 
-def choose_config(H: int, kv_dtype: jnp.dtype) -> Config:
+def choose_config(H: int, kv_dtype: jnp.dtype, alibi: bool = False) -> Config:
     """The configuration for heads of size H and pages of kv_dtype."""
-    # Narrow steps leave registers to the warpgroup that converts 8-bit pages.
-    return Config(block_kv=128 if H <= 128 and jnp.dtype(kv_dtype).itemsize > 1 else 64)
+    # Narrow steps leave registers to slopes, and to the warpgroup that converts 8-bit pages.
+    narrow = H > 128 or alibi or jnp.dtype(kv_dtype).itemsize == 1
+    return Config(block_kv=64 if narrow else 128)
 
 
 def _pack(group, config):
@@ -760,7 +761,7 @@ def supported(
 ):
     """None, or why this kernel cannot take the call."""
     H, page_size = q.shape[2], k_pages.shape[2]
-    config = config or choose_config(H, k_pages.dtype)
+    config = config or choose_config(H, k_pages.dtype, alibi_slopes is not None)
     if (reason := mosaic.unsupported(interpret)) is not None:
         return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -799,7 +800,7 @@ def ragged_prefill(
     """See pallas_kernels.ragged_prefill. `config`: instead of choose_config's; `interpret`: for a CPU, slowly."""
     T, N, H = q.shape
     P, K, page_size, _ = k_pages.shape
-    config = config or choose_config(H, k_pages.dtype)
+    config = config or choose_config(H, k_pages.dtype, alibi_slopes is not None)
     pack = _pack(N // K, config)
     padded = max(_ROWS // pack, T + -T % _ALIGN)
     q = jnp.pad(q, ((0, padded - T), (0, 0), (0, 0)))

@@ -1,14 +1,18 @@
 """The Hopper kernel of ragged_prefill in Pallas's GPU interpreter, against dense attention; and what it refuses."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import mosaic
 from pallas_kernels.ragged_prefill import mosaic_gpu as kernel
+from tests.pallas_kernels.aot import compile_for_h200
 from tests.pallas_kernels.dense import attend, quantize, random_pages, rounded
 
 missing = mosaic.unsupported(interpret=True)
@@ -50,6 +54,90 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_against_dense(case):
     check(**case)
+
+
+def lengths(page_size):
+    """(new tokens, KV length) of a row."""
+    kv_lens = st.sampled_from([0, 1, page_size - 1, page_size, page_size + 1, 130])
+    return kv_lens.flatmap(lambda length: st.tuples(st.integers(0, min(length, 40)), st.just(length)))
+
+
+@interpreted
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_random_batches(data):
+    page_size = data.draw(st.sampled_from([16, 32, 64]))
+    rows = data.draw(st.lists(lengths(page_size), min_size=1, max_size=4))
+    N, K, H = data.draw(st.sampled_from([(4, 4, 64), (4, 1, 80), (8, 2, 64)]))
+    options = data.draw(
+        st.fixed_dictionaries(
+            dict(
+                window=st.sampled_from([None, 1, 33]),
+                soft_cap=st.sampled_from([None, 2.0]),
+                alibi=st.booleans(),
+                kv_dtype=st.sampled_from([None, "int8", "float8_e4m3fn"]),
+            )
+        )
+    )
+    check(rows, N, K, H, page_size, blocks=2, before=data.draw(st.integers(0, 9)), **options)
+
+
+ON_GPU = CASES | {
+    "head dim 128": dict(rows=[*SHORT, (300, 300), (129, 700)], N=8, K=2, H=128, page_size=16),
+    "head dim 128, window": dict(rows=[*LONG, (129, 700)], N=8, K=2, H=128, page_size=16, window=200),
+    "head dim 128, soft cap": dict(rows=LONG, N=8, K=2, H=128, page_size=32, soft_cap=20.0),
+    "head dim 128, ALiBi": dict(rows=LONG, N=8, K=2, H=128, page_size=64, alibi=True),
+    "head dim 128, int8": dict(rows=[*LONG, (129, 700)], N=8, K=2, H=128, page_size=16, kv_dtype="int8"),
+    "head dim 128, fp8": dict(rows=LONG, N=8, K=2, H=128, page_size=64, kv_dtype="float8_e4m3fn"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_GPU.values(), ids=ON_GPU)
+def test_on_gpu(case):
+    check(**case, interpret=False, repeat=3)
+
+
+FEATURES = {
+    "plain": dict(),
+    "group 7": dict(N=28, K=4),
+    "head dim 64": dict(H=64),
+    "head dim 80": dict(H=80),
+    "head dim 96": dict(H=96),
+    "head dim 256": dict(H=256),
+    "window": dict(window=1000),
+    "soft cap": dict(soft_cap=30.0),
+    "ALiBi": dict(alibi=True),
+    "int8": dict(kv_dtype="int8"),
+    "fp8": dict(kv_dtype="float8_e4m3fn", page_size=64),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=FEATURES)
+def test_machine_code(feature, monkeypatch, tmp_path):
+    """No wgmma is serialised, registers suffice but for a few words once a job, and XLA copies no pool."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    case = dict(N=32, K=8, H=128, page_size=16, kv_dtype="bfloat16", alibi=False) | feature
+    options = {name: case[name] for name in ("window", "soft_cap") if name in case}
+    array = jax.ShapeDtypeStruct
+    q = array((2048, case["N"], case["H"]), "bfloat16")
+    pages = array((512, case["K"], case["page_size"], case["H"]), case["kv_dtype"])
+    scales = array(pages.shape[:3], "float32") if pages.dtype.itemsize == 1 else None
+    slopes = array((case["N"],), "float32") if case["alibi"] else None
+    rows = [array(shape, "int32") for shape in ((4, 64), (4,), (5,))]
+
+    def call(q, k, v, table, kv_lens, starts, slopes, scales):
+        options.update(alibi_slopes=slopes, k_scales=scales, v_scales=scales)
+        return kernel.ragged_prefill(q, k, v, table, kv_lens, starts, scale=0.1, **options)
+
+    compiled = compile_for_h200(call, q, pages, pages, *rows, slopes, scales)
+    [report] = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    assert "serialized" not in report
+    assert int(re.search(r"(\d+) bytes spill stores", report).group(1)) <= 64
+    assert compiled.memory_analysis().temp_size_in_bytes <= (2**25 if case["H"] % 64 else 2**16)
 
 
 # XLA runs on as many threads as there are cores, or as the variable NPROC says. With few and larger arrays, the
