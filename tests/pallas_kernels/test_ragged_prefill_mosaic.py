@@ -1,5 +1,6 @@
 """The Hopper kernel of ragged_prefill in Pallas's GPU interpreter, against dense attention; and what it refuses."""
 
+import functools
 import os
 import re
 
@@ -83,6 +84,18 @@ def test_random_batches(data):
     check(rows, N, K, H, page_size, blocks=2, before=data.draw(st.integers(0, 9)), **options)
 
 
+@interpreted
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_no_races(kv_dtype, monkeypatch):
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    params = functools.partial(mosaic.plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(mosaic.plgpu, "InterpretGPUParams", params)
+    # A shape of its own: nothing traced without the detector is taken again.
+    check([(5, 5), (9, 75)], N=2, K=1, H=64, page_size=16, blocks=2, before=11, kv_dtype=kv_dtype)
+    assert not gpu_callbacks.get_races().races_found
+
+
 ON_GPU = CASES | {
     "head dim 128": dict(rows=[*SHORT, (300, 300), (129, 700)], N=8, K=2, H=128, page_size=16),
     "head dim 128, window": dict(rows=[*LONG, (129, 700)], N=8, K=2, H=128, page_size=16, window=200),
@@ -105,7 +118,7 @@ FEATURES = {
     "head dim 64": dict(H=64),
     "head dim 80": dict(H=80),
     "head dim 96": dict(H=96),
-    "head dim 256": dict(H=256),
+    "head dim 256": dict(H=256, spilled=256),
     "window": dict(window=1000),
     "soft cap": dict(soft_cap=30.0),
     "ALiBi": dict(alibi=True),
@@ -136,7 +149,7 @@ def test_machine_code(feature, monkeypatch, tmp_path):
     compiled = compile_for_h200(call, q, pages, pages, *rows, slopes, scales)
     [report] = [path.read_text() for path in tmp_path.glob("*.ptxas")]
     assert "serialized" not in report
-    assert int(re.search(r"(\d+) bytes spill stores", report).group(1)) <= 64
+    assert int(re.search(r"(\d+) bytes spill stores", report).group(1)) <= case.get("spilled", 64)
     assert compiled.memory_analysis().temp_size_in_bytes <= (2**25 if case["H"] % 64 else 2**16)
 
 
