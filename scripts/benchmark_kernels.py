@@ -3,7 +3,7 @@
     python scripts/benchmark_kernels.py [--quick] [--only TEXT] [--seconds 140] [--output-json FILE]
 
 Each case is compared with the reference, twice, on KV where everything that no row owns is NaN. Then a chain of calls,
-each on KV of its own and on the output of the call before, is timed inside one jit. The ceiling is measured in the same
+each on inputs of its own (decode: KV, prefill: queries), is timed inside one jit. The ceiling is measured in the same
 run: the bandwidth of a maximum over 2 GiB, for kernels that read. A case that fails is reported and the next one runs.
 """
 

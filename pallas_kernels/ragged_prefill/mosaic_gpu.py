@@ -1,13 +1,14 @@
 """ragged_prefill for Hopper in Pallas Mosaic GPU.
 
-After Shah et al., "FlashAttention-3" (2024): of three warpgroups one only fetches and two compute, taking turns at the
-tensor cores, so that one's softmax runs beside the other's products. A job is one tile, up to 128 queries that lie one
-after the other in the flat q and belong to one row, for one query head. Every page of the row is one TMA copy. There is
-a block for each multiprocessor, and it does one job after the other: the next one's first keys and queries arrive while
-the last one's output leaves.
+After Shah et al., "FlashAttention-3" (2024): of three warpgroups one only fetches and two compute, 64 rows each. A
+step's softmax runs beside the products of the step before and beside the other warpgroup's. A job is one tile, up to
+128 rows: tokens that lie one after the other in the flat q and belong to one sequence, for one or several query heads
+of a KV head. Every page is one TMA copy. There is a block for each multiprocessor, and its jobs are one pipeline: the
+next one's queries and first keys are there before the last one's output leaves. 8-bit pages are made 16-bit in shared
+memory by the fetching warpgroup.
 
 What is particular to ragged and paged input:
-- A tile starts at a multiple of 8 tokens, as TMA wants it, so a row's first tile may begin with another row's queries
+- A tile starts at a multiple of 8 tokens, as TMA wants it, so a sequence's first tile may begin with another's queries
   and its last end with them. They are computed like the others, and not stored.
 - Tokens that no row owns make up two more rows, which have no keys. Their output comes out as zeros.
 - Values past a row's end may be NaN, which a weight of zero does not silence: the fetching warpgroup replaces them.
