@@ -3,9 +3,9 @@
     python scripts/benchmark_kernels.py [--quick] [--ops OP ...] [--only TEXT] [--seconds 140] [--output-json FILE]
 
 Each case is compared with the reference, twice; of attention on KV where everything that no row owns is NaN. Then a
-chain of calls, each on KV or a weight of its own, is timed inside one jit. The ceilings are measured in the same run:
-the bandwidth of a maximum over 2 GiB, for kernels that read, and the rate of a large product. A case that fails is
-reported and the next one runs. Without --quick, other configurations than the default follow.
+chain of calls, each on inputs of its own (KV, queries, a weight), is timed inside one jit. The ceilings are measured in
+the same run: the bandwidth of a maximum over 2 GiB, for kernels that read, and the rate of a large product. A case that
+fails is reported and the next one runs. Without --quick, other configurations than the default follow.
 """
 
 import argparse

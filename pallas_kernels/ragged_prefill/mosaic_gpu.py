@@ -1,13 +1,14 @@
 """ragged_prefill for Hopper in Pallas Mosaic GPU.
 
-After Shah et al., "FlashAttention-3" (2024): of three warpgroups one only fetches and two compute, taking turns at the
-tensor cores, so that one's softmax runs beside the other's products. A job is one tile, up to 128 queries that lie one
-after the other in the flat q and belong to one row, for one query head. Every page of the row is one TMA copy. There is
-a block for each multiprocessor, and it does one job after the other: the next one's first keys and queries arrive while
-the last one's output leaves.
+After Shah et al., "FlashAttention-3" (2024): of three warpgroups one only fetches and two compute, 64 rows each. A
+step's softmax runs beside the products of the step before and beside the other warpgroup's. A job is one tile, up to
+128 rows: tokens that lie one after the other in the flat q and belong to one sequence, for one or several query heads
+of a KV head. Every page is one TMA copy. There is a block for each multiprocessor, and its jobs are one pipeline: the
+next one's queries and first keys are there before the last one's output leaves. 8-bit pages are made 16-bit in shared
+memory by the fetching warpgroup.
 
 What is particular to ragged and paged input:
-- A tile starts at a multiple of 8 tokens, as TMA wants it, so a row's first tile may begin with another row's queries
+- A tile starts at a multiple of 8 tokens, as TMA wants it, so a sequence's first tile may begin with another's queries
   and its last end with them. They are computed like the others, and not stored.
 - Tokens that no row owns make up two more rows, which have no keys. Their output comes out as zeros.
 - Values past a row's end may be NaN, which a weight of zero does not silence: the fetching warpgroup replaces them.
@@ -65,7 +66,10 @@ class _Sizes(NamedTuple):
     W: int
     page_size: int
     dtype: jnp.dtype
+    kv_dtype: jnp.dtype
     scale: float
+    window: int | None
+    soft_cap: float | None
     config: Config
     pack: int
     blocks: int
@@ -74,7 +78,12 @@ class _Sizes(NamedTuple):
     @property
     def q_slots(self):
         """For how many jobs' queries there is room."""
-        return _room(self.H, self.dtype, self.config)[0]
+        return _room(self.H, self.kv_dtype, self.config)[0]
+
+    @property
+    def raw_slots(self):
+        """For how many steps' 8-bit keys or values there is room; 0 for others, which need none."""
+        return _room(self.H, self.kv_dtype, self.config)[2]
 
 
 class _Tiles(NamedTuple):
@@ -143,13 +152,25 @@ class _Tile(NamedTuple):
     offset: jax.Array
     kv_len: jax.Array
 
-    def steps(self, block_kv):
-        """How many times block_kv keys its queries need. At least one: it makes the zeros of a tile without keys."""
-        return lax.div(jnp.maximum(self.hi + self.offset, 1) + (block_kv - 1), jnp.int32(block_kv))
+    def steps(self, sizes):
+        """The first step of block_kv keys that its queries need, and the one after the last.
 
-    def whole_steps(self, block_kv):
-        """How many steps have keys alone that every query sees."""
-        return lax.div(jnp.maximum(self.lo + self.offset + 1, 0), jnp.int32(block_kv))
+        There is at least one: it makes the zeros of a tile without keys.
+        """
+        begin = 0
+        if sizes.window is not None:
+            begin = lax.div(jnp.maximum(self.lo + self.offset + 1 - sizes.window, 0), jnp.int32(sizes.config.block_kv))
+        return begin, self._round_up(sizes, jnp.maximum(self.hi + self.offset, 1))
+
+    def whole_steps(self, sizes):
+        """The first step whose every key every query sees, and the one after the last."""
+        begin = 0
+        if sizes.window is not None:
+            begin = self._round_up(sizes, jnp.maximum(self.hi + self.offset - sizes.window, 0))
+        return begin, lax.div(jnp.maximum(self.lo + self.offset + 1, 0), jnp.int32(sizes.config.block_kv))
+
+    def _round_up(self, sizes, keys):
+        return lax.div(keys + (sizes.config.block_kv - 1), jnp.int32(sizes.config.block_kv))
 
 
 class _Shared(NamedTuple):
@@ -159,11 +180,14 @@ class _Shared(NamedTuple):
     out: object  # [2, out_slots, 64, columns], a few columns in each
     k: object
     v: object
+    raw: object | None  # [raw_slots, block_kv, H] of 8 bits
+    raw_scales: object | None
     weights: object | None  # interpret mode alone
     q_ready: object
     k_ready: object
     v_ready: object
     v_fetched: object  # instead of v_ready, when there is something to replace first
+    raw_fetched: object | None
     k_used: object
     v_used: object
     turn: object
@@ -191,39 +215,58 @@ class _Jobs:
         return _Tile(*(self.tiles_ref[tile, i] for i in range(len(_Tile._fields)))), head
 
 
-def _kernel(sizes: _Sizes, tiles_ref, count_ref, table_ref, q_ref, k_ref, v_ref, out_ref, *scratch):
+def _kernel(sizes: _Sizes, names, tiles_ref, count_ref, *refs):
+    """`names`: which of _Inputs there are."""
+    inputs = _Inputs(**(dict.fromkeys(_Inputs._fields) | dict(zip(names, refs, strict=False))))
+    out_ref, *scratch = refs[len(names) :]
     shared = _Shared(*scratch)
     warpgroup = lax.axis_index("warpgroup")
     jobs = _Jobs(sizes, tiles_ref, count_ref)
+    compute_registers, fetch_registers = (192, 120) if sizes.raw_slots else (232, 40)
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(232, action="increase")
-        pl.when(jobs.count > 0)(lambda: _compute(sizes, jobs, warpgroup, q_ref, out_ref, shared))
+        plgpu.set_max_registers(compute_registers, action="increase")
+        pl.when(jobs.count > 0)(lambda: _compute(sizes, jobs, warpgroup, inputs, out_ref, shared))
 
     @pl.when(warpgroup == 2)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
-        _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared)
+        plgpu.set_max_registers(fetch_registers, action="decrease")
+        _fetch(sizes, jobs, inputs, shared)
 
 
 def _slot(sizes, step):
     return lax.rem(step, jnp.int32(sizes.config.stages))
 
 
-def _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared):
+class _Inputs(NamedTuple):
+    """Arrays in global memory."""
+
+    table: object
+    q: object
+    k: object
+    v: object
+    slopes: object | None
+    k_scales: object | None
+    v_scales: object | None
+
+
+def _fetch(sizes, jobs, inputs, shared):
     """Brings the pages of the jobs' rows, step by step, as slots become free."""
 
     def fetch_job(i, state):
         done, tile, head = state
         next_job = jobs[i + 1]
         kv_head = lax.div(head, jnp.int32(sizes.N // sizes.K))
-        fetch = functools.partial(_fetch_step, sizes, tile, kv_head, done, table_ref, k_ref, v_ref, shared)
-        steps = tile.steps(sizes.config.block_kv)
-        has_tail = steps * sizes.config.block_kv > tile.kv_len
-        lax.fori_loop(0, steps - jnp.where(has_tail, 1, 0), lambda step, _: fetch(step, False), None)
-        pl.when(has_tail)(lambda: fetch(steps - 1, True))
-        return done + steps, *next_job
+        begin, end = tile.steps(sizes)
+        pages = _Pages(sizes, inputs, shared, tile, kv_head, done - begin)
+        if sizes.raw_slots:
+            pages.convert(begin, end)
+        else:
+            has_tail = end * sizes.config.block_kv > tile.kv_len
+            lax.fori_loop(begin, end - jnp.where(has_tail, 1, 0), lambda step, _: pages.fetch(step), None)
+            pl.when(has_tail)(lambda: pages.fetch_tail(end - 1))
+        return done + end - begin, *next_job
 
     # Nothing is left unobserved.
     def drain(step, _):
@@ -235,44 +278,116 @@ def _fetch(sizes, jobs, table_ref, k_ref, v_ref, shared):
     lax.fori_loop(jnp.maximum(done - sizes.config.stages, 0), done, drain, None)
 
 
-def _fetch_step(sizes, tile, kv_head, done, table_ref, k_ref, v_ref, shared, step, has_tail):
-    """Brings block_kv keys and values, `done` steps of other jobs before. A tail, past the row's end, becomes zeros."""
-    block_kv = sizes.config.block_kv
-    pages = block_kv // sizes.page_size
-    slot = _slot(sizes, done + step)
-    # Read before the wait. Clipped: entries past the row's end may hold anything, and there may be none.
-    entries = [jnp.minimum(step * pages + i, sizes.W - 1) for i in range(pages)]
-    ids = [jnp.clip(table_ref[tile.row, entry], 0, sizes.P - 1) for entry in entries]
+class _Pages(NamedTuple):
+    """The keys and values of one job; `base` + step is the number of the step among all that the block does."""
 
-    def copy(source, target, used, ready):
-        @pl.when(done + step >= sizes.config.stages)
-        def _():
-            plgpu.barrier_wait(used.at[slot])
+    sizes: _Sizes
+    inputs: _Inputs
+    shared: _Shared
+    tile: _Tile
+    kv_head: jax.Array
+    base: jax.Array
 
+    def ids(self, step):
+        # Clipped: entries past the row's end may hold anything, and there may be none.
+        pages = self.sizes.config.block_kv // self.sizes.page_size
+        entries = [jnp.minimum(step * pages + i, self.sizes.W - 1) for i in range(pages)]
+        return [jnp.clip(self.inputs.table[self.tile.row, entry], 0, self.sizes.P - 1) for entry in entries]
+
+    def copy(self, ids, source, target, barrier):
         for i, page in enumerate(ids):
-            rows = pl.ds(i * sizes.page_size, sizes.page_size)
-            plgpu.copy_gmem_to_smem(source.at[page, kv_head], target.at[slot, rows], ready)
+            rows = pl.ds(i * self.sizes.page_size, self.sizes.page_size)
+            plgpu.copy_gmem_to_smem(source.at[page, self.kv_head], target.at[rows], barrier)
 
-    copy(k_ref, shared.k, shared.k_used, shared.k_ready.at[slot])
-    if not has_tail:
-        copy(v_ref, shared.v, shared.v_used, shared.v_ready.at[slot])
-        return
-    copy(v_ref, shared.v, shared.v_used, shared.v_fetched)
-    plgpu.barrier_wait(shared.v_fetched)
-    _zero_rows(shared.v.at[slot], tile.kv_len - step * block_kv, block_kv, sizes.H)
-    plgpu.commit_smem()
-    for _ in range(pages):
-        plgpu.barrier_arrive(shared.v_ready.at[slot])
+    def wait_for(self, used, step):
+        """Until the slot of the step is free."""
+        index = self.base + step
+
+        @pl.when(index >= self.sizes.config.stages)
+        def _():
+            plgpu.barrier_wait(used.at[_slot(self.sizes, index)])
+
+    def fetch(self, step):
+        shared, slot = self.shared, _slot(self.sizes, self.base + step)
+        ids = self.ids(step)  # read before the waits
+        self.wait_for(shared.k_used, step)
+        self.copy(ids, self.inputs.k, shared.k.at[slot], shared.k_ready.at[slot])
+        self.wait_for(shared.v_used, step)
+        self.copy(ids, self.inputs.v, shared.v.at[slot], shared.v_ready.at[slot])
+
+    def fetch_tail(self, step):
+        """As fetch; values past the row's end become zeros."""
+        shared, slot = self.shared, _slot(self.sizes, self.base + step)
+        ids = self.ids(step)
+        self.wait_for(shared.k_used, step)
+        self.copy(ids, self.inputs.k, shared.k.at[slot], shared.k_ready.at[slot])
+        self.wait_for(shared.v_used, step)
+        self.copy(ids, self.inputs.v, shared.v.at[slot], shared.v_fetched)
+        plgpu.barrier_wait(shared.v_fetched)
+        _zero_rows(shared.v.at[slot], self.tile.kv_len - step * self.sizes.config.block_kv, self.sizes)
+        plgpu.commit_smem()
+        for _ in ids:
+            plgpu.barrier_arrive(shared.v_ready.at[slot])
+
+    def convert(self, begin, end):
+        """Fetches the 8-bit pages of steps begin <= step < end, one step ahead where there is room for it."""
+        shared, inputs = self.shared, self.inputs
+
+        def fetch_raw(step, raw_slot, source, scales):
+            ids, fetched = self.ids(step), shared.raw_fetched.at[raw_slot]
+            self.copy(ids, source, shared.raw.at[raw_slot], fetched)
+            self.copy(ids, scales, shared.raw_scales.at[raw_slot], fetched)
+
+        keys = functools.partial(fetch_raw, raw_slot=0, source=inputs.k, scales=inputs.k_scales)
+        v_raw_slot = self.sizes.raw_slots - 1
+        values = functools.partial(fetch_raw, raw_slot=v_raw_slot, source=inputs.v, scales=inputs.v_scales)
+        ahead = v_raw_slot > 0
+
+        def convert_step(step, fetch, raw_slot, target, used, ready):
+            slot = _slot(self.sizes, self.base + step)
+            if not ahead:
+                fetch(step)
+            plgpu.barrier_wait(shared.raw_fetched.at[raw_slot])
+            self.wait_for(used, step)
+            valid = self.tile.kv_len - step * self.sizes.config.block_kv
+            _dequantize(shared.raw.at[raw_slot], shared.raw_scales.at[raw_slot], target.at[slot], valid, self.sizes)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ready.at[slot])
+            if ahead:
+                pl.when(step + 1 < end)(lambda: fetch(step + 1))
+
+        def body(step, _):
+            convert_step(step, keys, 0, shared.k, shared.k_used, shared.k_ready)
+            convert_step(step, values, v_raw_slot, shared.v, shared.v_used, shared.v_ready)
+
+        if ahead:
+            keys(begin)
+            values(begin)
+        lax.fori_loop(begin, end, body, None)
 
 
-def _zero_rows(ref, start, num_rows, H):
-    """Zeros rows `start` and after of ref [num_rows, H], in pieces: the fetching warpgroup has few registers."""
-    columns = _swizzle(H) // 2
-    for row in range(0, num_rows, _ROWS):
+def _dequantize(raw, scales, target, valid, sizes):
+    """target [block_kv, H] = raw [block_kv, H] of 8 bits, times scales [block_kv]; zeros from row `valid` on."""
+    columns = _swizzle(sizes.H) // 2
+    for row in range(0, sizes.config.block_kv, _ROWS):
+        rows = pl.ds(row, _ROWS)
+        row_scales = plgpu.load(scales.at[rows], layout=plgpu.Layout.WGMMA.reduce(1))
+        for column in range(0, sizes.H, columns):
+            part = rows, pl.ds(column, columns)
+            values = plgpu.load(raw.at[part], layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+            ids = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+            values = jnp.where(ids + row < valid, values * lax.broadcast_in_dim(row_scales, values.shape, [0]), 0.0)
+            target[part] = values.astype(target.dtype)
+
+
+def _zero_rows(ref, start, sizes):
+    """Zeros rows `start` and after of ref [block_kv, H], in pieces: the fetching warpgroup has few registers."""
+    columns = _swizzle(sizes.H) // 2
+    for row in range(0, sizes.config.block_kv, _ROWS):
 
         @pl.when(start < row + _ROWS)
         def _(row=row):
-            for column in range(0, H, columns):
+            for column in range(0, sizes.H, columns):
                 piece = ref.at[pl.ds(row, _ROWS), pl.ds(column, columns)]
                 ids = plgpu.broadcasted_iota(jnp.int32, (_ROWS, columns), 0, layout=plgpu.Layout.WGMMA)
                 values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
@@ -310,47 +425,54 @@ class _Turns(NamedTuple):
             plgpu.barrier_arrive(self.barriers.at[1 - self.warpgroup])
 
 
-def _compute(sizes, jobs, warpgroup, q_ref, out_ref, shared):
+def _compute(sizes, jobs, warpgroup, inputs, out_ref, shared):
     """Attention and output of the warpgroup's 64 rows of every job, as one pipeline: see _step."""
-    queries = _Queries(sizes, jobs, warpgroup, q_ref, shared)
+    queries = _Queries(sizes, jobs, warpgroup, inputs, shared)
     turns = _Turns(shared.turn, warpgroup, sizes.config.take_turns)
     step = functools.partial(_step, sizes, warpgroup, shared, turns)
-    block_kv = sizes.config.block_kv
 
     def compute_job(i, state):
         done, softmax = state
-        tile, _ = jobs[i]
-        steps = tile.steps(block_kv)
-        whole = jnp.clip(tile.whole_steps(block_kv), 1, steps)
+        tile, head = jobs[i]
+        (begin, end), (whole_begin, whole_end) = tile.steps(sizes), tile.whole_steps(sizes)
+        scores = queries.scores(tile, head)
         if sizes.q_slots > 1:
             queries.fetch(i + 1)
 
         def advance(masked):
             def body(j, state):
-                acc, softmax = step(done + j, queries.slot(i), queries.mask(tile, j) if masked else None, *state)
+                acc, softmax = step(done + j - begin, queries.slot(i), scores.of_step(j, masked), *state)
                 return acc * lax.broadcast_in_dim(softmax.decay, acc.shape, [0]), softmax
 
             return body
 
         acc = plgpu.layout_cast(jnp.zeros((_ROWS, sizes.H), jnp.float32), plgpu.Layout.WGMMA)
-        state = lax.fori_loop(1, whole, advance(masked=False), (acc, softmax))
-        acc, softmax = lax.fori_loop(whole, steps, advance(masked=True), state)
+        state = acc, softmax
+        start = begin + 1
+        if sizes.window is not None:
+            start = jnp.clip(whole_begin, start, end)
+            state = lax.fori_loop(begin + 1, start, advance(masked=True), state)
+        whole_end = jnp.clip(whole_end, start, end)
+        state = lax.fori_loop(start, whole_end, advance(masked=False), state)
+        acc, softmax = lax.fori_loop(whole_end, end, advance(masked=True), state)
+        done += end - begin
         if sizes.q_slots == 1:
             queries.fetch(i + 1)
         queries.wait(i + 1)
-        next_tile, _ = jobs[i + 1]  # tiles are read where they are used: registers are scarce
+        next_tile, next_head = jobs[i + 1]  # tiles are read where they are used: registers are scarce
+        next_scores = queries.scores(next_tile, next_head).of_step(next_tile.steps(sizes)[0], masked=True)
         fresh = _no_scores()._replace(weights=softmax.weights)
-        acc, next_softmax = step(
-            done + steps, queries.slot(i + 1), queries.mask(next_tile, 0), acc, fresh, exists=i + 1 < jobs.count
-        )
+        acc, next_softmax = step(done, queries.slot(i + 1), next_scores, acc, fresh, exists=i + 1 < jobs.count)
         acc *= lax.broadcast_in_dim(1 / softmax.total, acc.shape, [0])
         _store(sizes, acc, *jobs[i], warpgroup, out_ref, shared)
-        return done + steps, next_softmax
+        return done, next_softmax
 
     queries.fetch(0)
     pl.when(warpgroup == 1)(turns.pass_on)
     queries.wait(0)
-    softmax = _first_step(sizes, warpgroup, shared, turns, queries.mask(jobs[0][0], 0))
+    tile, head = jobs[0]
+    first_scores = queries.scores(tile, head).of_step(tile.steps(sizes)[0], masked=True)
+    softmax = _first_step(sizes, warpgroup, shared, turns, first_scores)
     lax.fori_loop(0, jobs.count, compute_job, (jnp.int32(0), softmax))
     pl.when(warpgroup == 0)(turns.take)  # nothing is left unobserved
     plgpu.wait_smem_to_gmem(0)
@@ -362,7 +484,7 @@ class _Queries(NamedTuple):
     sizes: _Sizes
     jobs: _Jobs
     warpgroup: jax.Array
-    source: object
+    inputs: _Inputs
     shared: _Shared
 
     @property
@@ -385,7 +507,7 @@ class _Queries(NamedTuple):
             slot = self.slot(i)
             for h in range(self.sizes.pack):
                 plgpu.copy_gmem_to_smem(
-                    self.source.at[pl.ds(self.first_token(tile), self.tokens), head + h],
+                    self.inputs.q.at[pl.ds(self.first_token(tile), self.tokens), head + h],
                     self.shared.q.at[slot, pl.ds(h * self.tokens, self.tokens)],
                     self.shared.q_ready.at[slot],
                 )
@@ -393,16 +515,68 @@ class _Queries(NamedTuple):
     def wait(self, i):
         pl.when(i < self.jobs.count)(lambda: plgpu.barrier_wait(self.shared.q_ready.at[self.slot(i)]))
 
-    def mask(self, tile, step):
-        """The scores' mask in a step of the tile: a function of an array [64, block_kv]."""
+    def scores(self, tile, head):
+        """How the scores of a job are made."""
+        slopes = None
+        if self.inputs.slopes is not None:
+            slopes = [self.inputs.slopes[head + h] for h in range(self.sizes.pack)]
+        return _Scores(self.sizes, self.tokens, self.first_token(tile) + tile.offset, slopes)
+
+
+class _Scores(NamedTuple):
+    """From products of queries and keys [64, block_kv] to scores, still to be multiplied with `unit`.
+
+    first_position  of the warpgroup's first token
+    slopes          of the job's query heads, or None
+    """
+
+    sizes: _Sizes
+    tokens: int
+    first_position: jax.Array
+    slopes: list[jax.Array] | None
+
+    @property
+    def unit(self):
+        """What makes powers of two of scores."""
+        if self.slopes is not None:
+            return math.log2(math.e)
+        return math.log2(math.e) * (self.sizes.scale if self.sizes.soft_cap is None else self.sizes.soft_cap)
+
+    def of_step(self, step, masked):
+        """The step's scores as a function of its products; `masked`: whether some query does not see some key."""
 
         def apply(scores):
+            scores = self._capped(scores)
+            if self.slopes is None and not masked:
+                return scores
             row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-            position = (row & (self.tokens - 1)) + (self.first_token(tile) + tile.offset - step * scores.shape[1])
-            return jnp.where(key <= position, scores, _MASKED)
+            position = (row & (self.tokens - 1)) + (self.first_position - step * scores.shape[1])
+            if self.slopes is not None:
+                scores += self._slopes(row) * (key - position).astype(jnp.float32)
+            if masked:
+                seen = key <= position
+                if self.sizes.window is not None:
+                    seen &= key > position - self.sizes.window
+                scores = jnp.where(seen, scores, _MASKED)
+            return scores
 
-        return apply
+        return apply, self.unit
+
+    def _capped(self, scores):
+        cap, scale = self.sizes.soft_cap, self.sizes.scale
+        if cap is not None:  # the hyperbolic tangent; the hardware's own is off by 2^-11
+            scores = 1 - 2 / (1 + jnp.exp2(scores * (2 * math.log2(math.e) * scale / cap)))
+        if self.slopes is not None:
+            scores *= scale if cap is None else cap
+        return scores
+
+    def _slopes(self, row):
+        """Of each row's query head."""
+        slopes = lax.broadcast_in_dim(self.slopes[0], row.shape, ())
+        for h, slope in enumerate(self.slopes[1:], 1):
+            slopes = jnp.where(row < h * self.tokens, slopes, slope)
+        return slopes
 
 
 def _no_scores():
@@ -412,52 +586,51 @@ def _no_scores():
     return _Softmax(None, plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), row_layout), zeros, zeros)
 
 
-def _add_scores(sizes, scores, mask, softmax):
-    """The softmax with one more step's scores, products [64, block_kv] of queries and keys."""
-    if mask is not None:
-        scores = mask(scores)
+def _add_scores(products, scores, softmax):
+    """The softmax with one more step's products [64, block_kv] of queries and keys; `scores`: of _Scores.of_step."""
+    apply, unit = scores
+    scores = apply(products)
     # In powers of two; the maximum is kept scaled, so that scaling and subtracting are one instruction.
-    scale = sizes.scale * math.log2(math.e)
-    top = jnp.maximum(softmax.top, scores.max(axis=1) * scale)
+    top = jnp.maximum(softmax.top, scores.max(axis=1) * unit)
     decay = jnp.exp2(softmax.top - top)
-    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(top, scores.shape, [0]))
+    weights = jnp.exp2(scores * unit - lax.broadcast_in_dim(top, scores.shape, [0]))
     return _Softmax(weights, top, softmax.total * decay + weights.sum(axis=1), decay)
 
 
-def _first_step(sizes, warpgroup, shared, turns, mask):
+def _first_step(sizes, warpgroup, shared, turns, scores):
     """The softmax of the first step of all."""
 
-    def scores_of(acc_ref):
+    def products_of(acc_ref):
         plgpu.wgmma(acc_ref, shared.q.at[warpgroup * sizes.q_slots], shared.k.at[0].transpose((1, 0)))
         turns.pass_on()
         return acc_ref[...]
 
     plgpu.barrier_wait(shared.k_ready.at[0])
     turns.take()
-    scores = pl.run_scoped(scores_of, plgpu.ACC((_ROWS, sizes.config.block_kv), jnp.float32))
+    products = pl.run_scoped(products_of, plgpu.ACC((_ROWS, sizes.config.block_kv), jnp.float32))
     plgpu.barrier_arrive(shared.k_used.at[0])
-    return _rounded(sizes, _add_scores(sizes, scores, mask, _no_scores()))
+    return _rounded(sizes, _add_scores(products, scores, _no_scores()))
 
 
-def _step(sizes, warpgroup, shared, turns, index, q_slot, mask, acc, softmax, exists=True):
+def _step(sizes, warpgroup, shared, turns, index, q_slot, scores, acc, softmax, exists=True):
     """Adds the values of step index - 1 to acc, and the scores of step `index` to the softmax, if that `exists`.
 
     Both products are issued at once, and the softmax runs beside the second (FlashAttention-3, section 3.2).
     """
     k_slot, v_slot = _slot(sizes, index), _slot(sizes, index - 1)
     keys, values = shared.k.at[k_slot].transpose((1, 0)), shared.v.at[v_slot]
-    scores_type = plgpu.ACC((_ROWS, sizes.config.block_kv), jnp.float32)
+    products_type = plgpu.ACC((_ROWS, sizes.config.block_kv), jnp.float32)
 
-    def add_scores(scores):
+    def add_scores(products):
         pl.when(exists)(lambda: plgpu.barrier_arrive(shared.k_used.at[k_slot]))
-        return _add_scores(sizes, scores, mask, softmax)
+        return _add_scores(products, scores, softmax)
 
-    def both(scores_ref, acc_ref, out_refs):
-        plgpu.wgmma(scores_ref, shared.q.at[q_slot], keys)
+    def both(products_ref, acc_ref, out_refs):
+        plgpu.wgmma(products_ref, shared.q.at[q_slot], keys)
         plgpu.barrier_wait(shared.v_ready.at[v_slot])
         plgpu.wgmma(acc_ref, softmax.weights, values)
         turns.pass_on()
-        new = add_scores(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
+        new = add_scores(plgpu.wgmma_accumulator_load(products_ref, wait_n=1))
         new = lax.optimization_barrier(new)  # lest it be computed after the wait for the values
         for ref, value in zip(out_refs, new, strict=True):
             ref[...] = value
@@ -470,14 +643,14 @@ def _step(sizes, warpgroup, shared, turns, index, q_slot, mask, acc, softmax, ex
 
             return of
 
-        scores = pl.run_scoped(product(shared.q.at[q_slot], keys), scores_type)
+        products = pl.run_scoped(product(shared.q.at[q_slot], keys), products_type)
         shared.weights[warpgroup] = softmax.weights
         plgpu.commit_smem()
         plgpu.barrier_wait(shared.v_ready.at[v_slot])
         values_acc = plgpu.ACC(acc.shape, jnp.float32)
         new_acc = acc + pl.run_scoped(product(shared.weights.at[warpgroup], values), values_acc)
         turns.pass_on()
-        return new_acc, add_scores(scores)
+        return new_acc, add_scores(products)
 
     pl.when(exists)(lambda: plgpu.barrier_wait(shared.k_ready.at[k_slot]))
     turns.take()
@@ -486,7 +659,7 @@ def _step(sizes, warpgroup, shared, turns, index, q_slot, mask, acc, softmax, ex
     else:
         # float32 weights, rounded when the products are done: the old ones' registers are in use until then.
         state = plgpu.ACC.init(acc), softmax._replace(weights=softmax.weights.astype(jnp.float32))
-        acc, softmax = pl.run_state(lambda refs: pl.run_scoped(lambda s: both(s, *refs), scores_type))(state)
+        acc, softmax = pl.run_state(lambda refs: pl.run_scoped(lambda s: both(s, *refs), products_type))(state)
     plgpu.barrier_arrive(shared.v_used.at[v_slot])
     return acc, _rounded(sizes, softmax)
 
@@ -528,10 +701,11 @@ def _store(sizes, out, tile, head, warpgroup, out_ref, shared):
             start, count = start + jnp.where(fits, count, 0), count // 2
 
 
-def choose_config(H: int, page_size: int) -> Config:
-    """The configuration for heads of size H."""
-    del page_size
-    return Config(block_kv=128 if H <= 128 else 64)
+def choose_config(H: int, kv_dtype: jnp.dtype, alibi: bool = False) -> Config:
+    """The configuration for heads of size H and pages of kv_dtype."""
+    # Narrow steps leave registers to slopes, and to the warpgroup that converts 8-bit pages.
+    narrow = H > 128 or alibi or jnp.dtype(kv_dtype).itemsize == 1
+    return Config(block_kv=64 if narrow else 128)
 
 
 def _pack(group, config):
@@ -551,61 +725,98 @@ def _out_columns(H):
     that are padded to it.
     """
     padded = H + -H % 64
-    return padded, 64 if H == padded else padded
+    return padded, 64 if padded == H else padded
 
 
-def _room(H, dtype, config):
-    """Slots of queries and of output in shared memory; None if there is not enough of it."""
-    queries = _TILE * H * jnp.dtype(dtype).itemsize
+def _room(H, kv_dtype, config):
+    """Slots of queries, of output and of 8-bit pages in shared memory; None if there is not enough of it."""
+    queries = 2 * _TILE * H
     out_columns, piece = _out_columns(H)
     pieces = out_columns // piece
+    raw = config.block_kv * (H + 4) if jnp.dtype(kv_dtype).itemsize == 1 else 0
     left = _SHARED_MEMORY - 2048 - 4 * config.stages * config.block_kv * H  # barriers and the like; keys and values
-    for q_slots, out_slots in ((2, pieces), (1, pieces), (1, 1)):
-        if q_slots * queries + out_slots * _TILE * piece * 2 <= left:
-            return q_slots, out_slots
+    raw_wanted = 2 if raw else 0
+    for slots in ((2, pieces, raw_wanted), (1, pieces, raw_wanted), (1, 1, raw_wanted), (1, 1, raw_wanted // 2)):
+        q_slots, out_slots, raw_slots = slots
+        if q_slots * queries + out_slots * _TILE * piece * 2 + raw_slots * raw <= left:
+            return slots
     return None
 
 
 def supported(
-    q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale, config=None, interpret=False, **options
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    kv_lens,
+    query_starts,
+    *,
+    scale,
+    config=None,
+    interpret=False,
+    window=None,
+    soft_cap=None,
+    alibi_slopes=None,
+    k_scales=None,
+    v_scales=None,
 ):
     """None, or why this kernel cannot take the call."""
     H, page_size = q.shape[2], k_pages.shape[2]
-    config = config or choose_config(H, page_size)
+    config = config or choose_config(H, k_pages.dtype, alibi_slopes is not None)
     if (reason := mosaic.unsupported(interpret)) is not None:
         return reason
-    if options:
-        return f"takes no {', '.join(options)}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k_pages.dtype == v_pages.dtype:
-        return f"takes bfloat16 or float16 throughout, got {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes queries of bfloat16 or float16, got {q.dtype}"
+    if k_pages.dtype not in (q.dtype, jnp.int8, jnp.float8_e4m3fn) or k_pages.dtype != v_pages.dtype:
+        return f"takes pages of {q.dtype}, int8 or float8_e4m3fn, got {k_pages.dtype} and {v_pages.dtype}"
     if H % 16 or H > 256:
         return f"takes a head dim that is a multiple of 16 up to 256, got {H}"
     if page_size % _ALIGN or config.block_kv % page_size:
         return f"takes a page size that is a multiple of {_ALIGN} and divides {config.block_kv}, got {page_size}"
-    if _room(H, q.dtype, config) is None:
+    if _room(H, k_pages.dtype, config) is None:
         return f"{config} needs more shared memory than there is for head dim {H}"
     if not scale > 0:
         return f"takes a positive scale, got {scale}"
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config", "interpret"))
 def ragged_prefill(
-    q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale, config: Config | None = None, interpret=False
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    kv_lens,
+    query_starts,
+    *,
+    scale,
+    window=None,
+    soft_cap=None,
+    alibi_slopes=None,
+    k_scales=None,
+    v_scales=None,
+    config: Config | None = None,
+    interpret=False,
 ):
     """See pallas_kernels.ragged_prefill. `config`: instead of choose_config's; `interpret`: for a CPU, slowly."""
     T, N, H = q.shape
     P, K, page_size, _ = k_pages.shape
-    config = config or choose_config(H, page_size)
+    config = config or choose_config(H, k_pages.dtype, alibi_slopes is not None)
     pack = _pack(N // K, config)
     padded = max(_ROWS // pack, T + -T % _ALIGN)
     q = jnp.pad(q, ((0, padded - T), (0, 0), (0, 0)))
     tiles, count = cut_into_tiles(query_starts, kv_lens, padded, _TILE // pack, config.heavy_first)
-    jobs = tiles.rows.shape[0] * N // pack
-    blocks = min(jobs, config.blocks or mosaic.num_multiprocessors())
-    sizes = _Sizes(padded, N, K, H, P, page_table.shape[1], page_size, q.dtype, scale, config, pack, blocks, interpret)
+    blocks = min(tiles.rows.shape[0] * N // pack, config.blocks or mosaic.num_multiprocessors())
+    sizes = _Sizes(
+        padded, N, K, H, P, page_table.shape[1], page_size, q.dtype, k_pages.dtype, scale, window, soft_cap, config,
+        pack, blocks, interpret,
+    )  # fmt: skip
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.astype(jnp.float32)
+    inputs = _Inputs(page_table, q, k_pages, v_pages, alibi_slopes, k_scales, v_scales)._asdict()
+    inputs = {name: array for name, array in inputs.items() if array is not None}
     out = mosaic.kernel(
-        functools.partial(_kernel, sizes),
+        functools.partial(_kernel, sizes, tuple(inputs)),
         out_type=jax.ShapeDtypeStruct((padded, N, _out_columns(H)[0]), q.dtype),
         scratch_types=_scratch(sizes),
         grid=(blocks,),
@@ -614,11 +825,12 @@ def ragged_prefill(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(jnp.stack(tiles, axis=1), count[None], page_table, q, k_pages, v_pages)
+    )(jnp.stack(tiles, axis=1), count[None], *inputs.values())
     return out[:T, :, :H]
 
 
 def _scratch(sizes):
+    """The types of _Shared's fields."""
     block_kv, stages, H = sizes.config.block_kv, sizes.config.stages, sizes.H
 
     def tiled(*shape, line, rows=_ALIGN):
@@ -626,20 +838,24 @@ def _scratch(sizes):
         return plgpu.SMEM(shape, sizes.dtype, transforms=transforms)
 
     line = _swizzle(H)
-    q_slots, out_slots = _room(H, sizes.dtype, sizes.config)
+    q_slots, out_slots, raw_slots = _room(H, sizes.kv_dtype, sizes.config)
+    piece = _out_columns(H)[1]
     pages = block_kv // sizes.page_size
     return [
         tiled(2 * q_slots, _ROWS, H, line=line),
-        tiled(2, out_slots, _ROWS, 64, line=128, rows=1)
-        if H % 64 == 0
-        else plgpu.SMEM((2, 1, _ROWS, _out_columns(H)[1]), sizes.dtype),
+        tiled(2, out_slots, _ROWS, piece, line=128, rows=1)
+        if piece == 64
+        else plgpu.SMEM((2, 1, _ROWS, piece), sizes.dtype),
         tiled(stages, block_kv, H, line=line),
         tiled(stages, block_kv, H, line=line),
+        plgpu.SMEM((raw_slots, block_kv, H), sizes.kv_dtype) if raw_slots else None,
+        plgpu.SMEM((raw_slots, block_kv), jnp.float32) if raw_slots else None,
         tiled(2, _ROWS, block_kv, line=128) if sizes.interpret else None,
         plgpu.Barrier(num_arrivals=sizes.pack, num_barriers=2 * q_slots),
-        plgpu.Barrier(num_arrivals=pages, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=pages, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=pages),
+        plgpu.Barrier(num_arrivals=1 if raw_slots else pages, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=1 if raw_slots else pages, num_barriers=stages),
+        None if raw_slots else plgpu.Barrier(num_arrivals=pages),
+        plgpu.Barrier(num_arrivals=2 * pages, num_barriers=raw_slots) if raw_slots else None,
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_barriers=2),
