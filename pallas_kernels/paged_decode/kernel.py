@@ -370,7 +370,6 @@ class _Cta:
             values_smem = shared.converted
             v_scales = _load_scales(shared.v_scales.at[slot]) * sizes.weight_unit
             products = self.products_of_8_bits(slot, q_slot, keys, masked)
-            self.release(i, slot)
         else:
             values_smem = shared.v.at[slot]
             products = self.products(slot, q_slot, keys, masked)
@@ -387,6 +386,8 @@ class _Cta:
                 weights = jnp.where(keys.visible(), weights, 0.0)
         shared.weights.T[...] = weights.astype(sizes.dtype)
         plgpu.commit_smem()
+        if sizes.scaled:  # what was in the slot is in registers and in shared.converted
+            self.release(i, slot)
 
         def weighted_values(values_ref):
             plgpu.wgmma(values_ref, values_smem.T, shared.weights.T)

@@ -1,5 +1,6 @@
 """The Hopper kernel of paged_decode, interpreted against dense NumPy attention; on a GPU against the reference."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -223,3 +224,13 @@ def test_spec_on_the_gpu(spec):
     np.testing.assert_allclose(outs[0], expected, atol=1e-2, rtol=2e-2)
     np.testing.assert_array_equal(outs[0], outs[1])
     np.testing.assert_array_equal(outs[0], outs[2])
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["multi-head", "folded", "four queries", "window over blocks", "int8"])
+def test_no_races(case, monkeypatch, capfd):
+    params = functools.partial(mosaic.plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(mosaic.plgpu, "InterpretGPUParams", params)
+    jax.clear_caches()  # what was traced without
+    test_interpreted(CASES[case])
+    assert "RACE" not in "".join(capfd.readouterr())
