@@ -1,11 +1,12 @@
 """Kernels on the GPU at hand: right first, then how near they come to the hardware.
 
-    python scripts/benchmark_kernels.py [--quick] [--ops OP ...] [--only TEXT] [--seconds 140] [--output-json FILE]
+    python scripts/benchmark_kernels.py [--quick | --configs] [--ops OP ...] [--only TEXT ...] [--output-json FILE]
 
 Each case is compared with the reference, twice; of attention on KV where everything that no row owns is NaN. Then a
 chain of calls, each on inputs of its own (KV, queries, a weight), is timed inside one jit. The ceilings are measured in
 the same run: the bandwidth of a maximum over 2 GiB, for kernels that read, and the rate of a large product. A case that
-fails is reported and the next one runs. Without --quick, other configurations than the default follow.
+fails is reported and the next one runs. Without --quick, other configurations than the default follow, with --configs
+many of them.
 """
 
 import argparse
@@ -93,22 +94,32 @@ def matrix_rate() -> float:
 
 @dataclass
 class Batch:
-    """Inputs of `copies` calls over one pool, each call with pages of its own."""
+    """Inputs of `copies` calls over one pool, each call with pages of its own. `options`: the kernel's arrays."""
 
     q: jax.Array
     k_pages: jax.Array
     v_pages: jax.Array
     tables: list[jax.Array]
     kv_lens: jax.Array
-    kv_bytes: int
+    options: dict[str, jax.Array]
+
+
+def decode_bytes(spec: DecodeSpec, lens: np.ndarray) -> int:
+    """Bytes of the keys and values that some query sees, with their scales."""
+    if spec.window is not None:
+        lens = np.minimum(lens, spec.window + (spec.queries or 1) - 1)
+    itemsize = jnp.dtype(spec.kv_dtype).itemsize
+    return int(lens.sum()) * spec.num_kv_heads * 2 * (spec.head_dim * itemsize + (4 if itemsize == 1 else 0))
 
 
 def decode_batch(spec: DecodeSpec, page_size: int, copies: int | None, poison: bool) -> Batch:
     rng = np.random.default_rng(0)
     lens = rng.integers(spec.min_len, spec.max_len + 1, spec.num_rows)
     K, H, S = spec.num_kv_heads, spec.head_dim, spec.num_rows
-    kv_bytes = int(lens.sum()) * K * H * 2 * 2
-    copies = copies or int(np.clip(-(-BEYOND_CACHE // kv_bytes), 2, CHAIN))
+    pool_bytes = int(lens.sum()) * K * H * 2 * 2
+    copies = copies or int(
+        np.clip(-(-BEYOND_CACHE // decode_bytes(spec, lens)), 2, max(2, min(CHAIN, 2**34 // pool_bytes)))
+    )
     pages = -(-lens // page_size)
     width, total = int(pages.max()) + 3, int(pages.sum())
     P = copies * total + 1  # the last one belongs to nobody
@@ -125,15 +136,30 @@ def decode_batch(spec: DecodeSpec, page_size: int, copies: int | None, poison: b
             taken += count
         tables.append(jnp.asarray(table, jnp.int32))
 
-    @jax.jit
-    def pool(key, valid):
-        values = jax.random.normal(key, (P, K, page_size, H), jnp.bfloat16)
-        return jnp.where(valid[:, None, :, None], values, jnp.nan) if poison else values
-
     keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[2], (S, spec.num_heads, H), jnp.bfloat16)
-    k_pages, v_pages = pool(keys[0], valid), pool(keys[1], valid)
-    return Batch(q, k_pages, v_pages, tables, jnp.asarray(lens, jnp.int32), kv_bytes)
+    queries = () if spec.queries is None else (spec.queries,)
+    q = jax.random.normal(keys[2], (S, *queries, spec.num_heads, H), jnp.bfloat16)
+    shape = (P, K, page_size, H)
+    (k_pages, k_scales), (v_pages, v_scales) = (random_pool(key, shape, spec, valid, poison) for key in keys[:2])
+    options = dict(k_scales=k_scales, v_scales=v_scales)
+    if spec.alibi:
+        options["alibi_slopes"] = 2.0 ** -jnp.linspace(0.25, 8, spec.num_heads)
+    options = {name: x for name, x in options.items() if x is not None}
+    return Batch(q, k_pages, v_pages, tables, jnp.asarray(lens, jnp.int32), options)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "spec", "poison"))
+def random_pool(key, shape, spec, valid, poison):
+    """Pages and, if they are of 8 bits, scales; NaN where `poison` asks for it and no token is `valid`."""
+    values = jax.random.normal(key, shape, jnp.bfloat16)
+    if poison:
+        values = jnp.where(valid[:, None, :, None], values, jnp.nan)
+    if jnp.dtype(spec.kv_dtype).itemsize == 2:
+        return values, None
+    largest = 127 if spec.kv_dtype == "int8" else 448
+    scales = jnp.max(jnp.abs(values), axis=-1).astype(jnp.float32) / largest
+    scaled = values.astype(jnp.float32) / scales[..., None]
+    return (jnp.round(scaled) if spec.kv_dtype == "int8" else scaled).astype(spec.kv_dtype), scales
 
 
 def check_decode(spec: DecodeSpec, page_size: int, kernel: Callable) -> float:
@@ -141,14 +167,15 @@ def check_decode(spec: DecodeSpec, page_size: int, kernel: Callable) -> float:
     # Every third row unused as well; a batch of one row stays as it is.
     kv_lens = jnp.where((jnp.arange(spec.num_rows) % 3 == 1), 0, batch.kv_lens)
     args = (batch.q, batch.k_pages, batch.v_pages, batch.tables[0], kv_lens)
-    expected = np.asarray(decode_reference.paged_decode(*args, scale=spec.head_dim**-0.5), np.float32)
+    static = dict(scale=spec.head_dim**-0.5, window=spec.window, soft_cap=spec.soft_cap)
+    expected = np.asarray(decode_reference.paged_decode(*args, **static, **batch.options), np.float32)
     outs = []
     for _ in range(2):
         # Freed at once, and likely what the output and the workspace are allocated from.
         poison = [jnp.full(shape, jnp.nan, batch.q.dtype) for shape in [batch.q.shape, (2**22,), (2**20,), (2**12,)]]
         jax.block_until_ready(poison)
         del poison
-        outs.append(np.asarray(kernel(*args), np.float32))
+        outs.append(np.asarray(kernel(*args, **batch.options), np.float32))
     difference = float(np.abs(outs[0] - expected).max())  # NaN if there is one
     if not np.array_equal(outs[0], outs[1]):
         raise AssertionError(f"two runs differ, by {np.abs(outs[0] - outs[1]).max()}")
@@ -162,24 +189,33 @@ def decode_chain(spec: DecodeSpec, page_size: int, kernel: Callable) -> tuple[Ca
     batch = decode_batch(spec, page_size, None, poison=False)
 
     @jax.jit
-    def chain(q, k_pages, v_pages, tables, kv_lens):
+    def chain(q, k_pages, v_pages, tables, kv_lens, options):
         for i in range(CHAIN):
-            q = kernel(q, k_pages, v_pages, tables[i % len(tables)], kv_lens)
+            q = kernel(q, k_pages, v_pages, tables[i % len(tables)], kv_lens, **options)
         return q
 
-    return chain, (batch.q, batch.k_pages, batch.v_pages, batch.tables, batch.kv_lens)
+    return chain, (batch.q, batch.k_pages, batch.v_pages, batch.tables, batch.kv_lens, batch.options)
 
 
-def decode_cases(quick: bool) -> Iterator[Case]:
-    """The default configuration on every shape first, then others."""
+def decode_cases(effort: str) -> Iterator[Case]:
+    """The default configuration on every shape first; then larger pages; then, if asked for, other configurations."""
     C = decode_kernel.Config
     sms = decode_kernel.mosaic.num_multiprocessors()
     variants: list[tuple[int, C | None]] = [(16, None)]
-    if not quick:
-        variants += [(64, None), (16, C(64, 6, sms)), (16, C(128, 3, sms)), (64, C(64, 6, sms)), (16, C(64, 3, sms))]
-    for page_size, config in variants:
+    if effort != "quick":
+        variants += [(64, None)]
+    if effort == "configs":
+        variants += [(16, C(64, stages, sms)) for stages in (3, 4, 6, 8, 12)]
+        variants += [(16, C(64, stages, 2 * sms)) for stages in (2, 3, 4, 6)]
+        variants += [(16, C(128, stages, sms)) for stages in (2, 3, 6)]
+        variants += [(16, C(64, stages, 3 * sms)) for stages in (2, 3)]
+    for at_least, config in variants:
         for spec in DECODE_SPECS:
-            kernel = functools.partial(decode_kernel.paged_decode, scale=spec.head_dim**-0.5, config=config)
+            page_size = max(at_least, spec.page_size)
+            kernel = functools.partial(
+                decode_kernel.paged_decode, scale=spec.head_dim**-0.5, window=spec.window, soft_cap=spec.soft_cap,
+                config=config,
+            )  # fmt: skip
             lens = np.random.default_rng(0).integers(spec.min_len, spec.max_len + 1, spec.num_rows)
             yield Case(
                 "paged_decode",
@@ -187,7 +223,7 @@ def decode_cases(quick: bool) -> Iterator[Case]:
                 f"page {page_size}, {config or 'default'}",
                 functools.partial(check_decode, spec, page_size, kernel),
                 functools.partial(decode_chain, spec, page_size, kernel),
-                int(lens.sum()) * spec.num_kv_heads * spec.head_dim * 2 * 2,
+                decode_bytes(spec, lens),
             )
 
 
@@ -273,11 +309,11 @@ def prefill_chain(spec: PrefillSpec, kernel: Callable) -> tuple[Callable, tuple]
     return chain, (queries, *others)
 
 
-def prefill_cases(quick: bool) -> Iterator[Case]:
+def prefill_cases(effort: str) -> Iterator[Case]:
     """The default configuration on every shape first, then others on the large ones."""
     C = prefill_kernel.Config
     variants: list[C | None] = [None]
-    if not quick:
+    if effort != "quick":
         variants += [C(pack=1), C(pack=8), C(take_turns=False), C(block_kv=64, stages=4), C(heavy_first=False)]
     for config in variants:
         for spec in (*ODD_SHAPES, *PREFILL_SPECS) if config is None else PREFILL_SPECS[2:]:
@@ -368,7 +404,7 @@ def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[quant_
     return configs
 
 
-def quant_cases(quick: bool) -> Iterator[Case]:
+def quant_cases(effort: str) -> Iterator[Case]:
     """The default configuration on every shape first, beside XLA's bfloat16 product, then others."""
 
     def case(spec, config):
@@ -392,13 +428,13 @@ def quant_cases(quick: bool) -> Iterator[Case]:
         if spec.format == "int8" and not spec.activation:
             yield case(spec, "XLA")
         yield case(spec, None)
-    for spec in [] if quick else QUANT_SPECS:
+    for spec in QUANT_SPECS if effort == "configs" else []:
         (weight,) = jax.eval_shape(lambda spec=spec: quant_weights(jax.random.key(0), spec, 1))
         for config in other_quant_configs(spec, weight) if spec.batch <= 256 else []:
             yield case(spec, config)
 
 
-OPS: dict[str, Callable[[bool], Iterator[Case]]] = {
+OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "paged_decode": decode_cases,
     "ragged_prefill": prefill_cases,
     "quant_matmul": quant_cases,
@@ -422,7 +458,9 @@ def measure(case: Case, ceilings: dict[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the default configurations alone")
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help="the default configurations alone")
+    effort.add_argument("--configs", action="store_true", help="many configurations of each shape, to choose from")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="cases whose op, shape or configuration has one of these"
     )
@@ -430,6 +468,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=140, help="no new case starts after this")
     parser.add_argument("--output-json")
     args = parser.parse_args()
+    effort = "quick" if args.quick else "configs" if args.configs else "normal"
     start = time.perf_counter()
     ceilings = {"bytes": read_bandwidth(), "flops": matrix_rate()}
     print(
@@ -438,7 +477,7 @@ def main() -> None:
     )
     print(f"{'op':14s} {'shape':28s} {'configuration':58s} {'us':>8s} {'of ceiling':>10s} {'max diff':>9s}")
     done = []
-    for case in (case for op in args.ops for case in OPS[op](args.quick)):
+    for case in (case for op in args.ops for case in OPS[op](effort)):
         if not any(text in f"{case.op} {case.spec} {case.config}" for text in args.only):
             continue
         if time.perf_counter() - start > args.seconds:

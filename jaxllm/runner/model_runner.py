@@ -165,7 +165,8 @@ class ModelRunner:
 
     def _programs(self) -> Executables:
         """The programs for the present number of pages."""
-        if self._cache_folder is None:
+        # A CPU's program that came from JAX's cache cannot be written again. (It is soon traced.)
+        if self._cache_folder is None or _device_of(self.params).platform == "cpu":
             return Executables(self._lower)
         # Whatever has no part in a program, or no repr of its own.
         config = dataclasses.replace(

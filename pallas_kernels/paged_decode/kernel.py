@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import mosaic
 from pallas_kernels.mosaic import pl, plgpu
 from pallas_kernels.paged_decode.schedule import Span, divide, page_entry
 
@@ -95,7 +96,8 @@ class Sizes(NamedTuple):
     @property
     def at_once(self):
         """How many parts of a sum fit in registers while they are merged."""
-        return max(1, 4096 // (self.tile * self.V))
+        alone = self.num_ctas <= mosaic.num_multiprocessors()  # with all of the multiprocessor's registers
+        return max(1, (8192 if alone else 4096) // (self.tile * self.V))
 
 
 class Inputs(NamedTuple):
@@ -368,7 +370,6 @@ class _Cta:
             values_smem = shared.converted
             v_scales = _load_scales(shared.v_scales.at[slot]) * sizes.weight_unit
             products = self.products_of_8_bits(slot, q_slot, keys, masked)
-            self.release(i, slot)
         else:
             values_smem = shared.v.at[slot]
             products = self.products(slot, q_slot, keys, masked)
@@ -385,6 +386,8 @@ class _Cta:
                 weights = jnp.where(keys.visible(), weights, 0.0)
         shared.weights.T[...] = weights.astype(sizes.dtype)
         plgpu.commit_smem()
+        if sizes.scaled:  # what was in the slot is in registers and in shared.converted
+            self.release(i, slot)
 
         def weighted_values(values_ref):
             plgpu.wgmma(values_ref, values_smem.T, shared.weights.T)
@@ -435,7 +438,9 @@ class _Cta:
         def convert_values():
             for piece in pieces:
                 v = load(shared.v, piece)
-                shared.converted[:, piece] = jnp.where(keys.seen(LINE), v, jnp.zeros_like(v)) if masked else v
+                if masked and sizes.kv_dtype != jnp.int8:  # which has no NaN, and weights of zero
+                    v = jnp.where(keys.seen(LINE), v, jnp.zeros_like(v))
+                shared.converted[:, piece] = v
 
         def product(ref):
             if sizes.interpret:  # has no wgmma of registers
@@ -446,12 +451,10 @@ class _Cta:
                 return ref[...]
             for piece in pieces:
                 plgpu.wgmma(ref, load(shared.k, piece), shared.q.at[q_slot, :, piece].T)
-            convert_values()
             return ref[...]
 
         products = pl.run_scoped(product, plgpu.ACC((sizes.block, sizes.tile), jnp.float32))
-        if sizes.interpret:
-            convert_values()
+        convert_values()
         return products * along_columns(scales, sizes.tile)
 
     # --- segments become rows of the output

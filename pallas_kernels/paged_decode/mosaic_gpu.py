@@ -60,22 +60,28 @@ class Config:
     num_ctas: int
 
 
-def default_config(tile: int, H: int, kv_itemsize: int = 2) -> Config:
-    """Two CTAs on a multiprocessor, so that one loads while the other computes, if shared memory has room for it."""
+def default_config(tile: int, H: int, kv_dtype=jnp.bfloat16, segments: int = 2**30) -> Config:
+    """The configuration for tiles of `tile` columns, and for `segments` rows times KV heads.
+
+    Two CTAs on a multiprocessor, so that one loads while the other computes, if shared memory has room for it; one
+    where a row and head are cut into many parts, for the fewer parts there are the sooner they are merged, and for
+    int8, whose conversion takes the registers of two.
+    """
     block = 64
-    for ctas in (2, 1):
-        fixed = _shared_bytes(tile, H, block, 0, kv_itemsize)
-        stages = (SHARED_MEMORY // ctas - fixed) // (_shared_bytes(tile, H, block, 1, kv_itemsize) - fixed)
+    for ctas in (1,) if 4 * segments < mosaic.num_multiprocessors() or jnp.dtype(kv_dtype) == jnp.int8 else (2, 1):
+        fixed = _shared_bytes(tile, H, block, 0, kv_dtype)
+        stages = (SHARED_MEMORY // ctas - fixed) // (_shared_bytes(tile, H, block, 1, kv_dtype) - fixed)
         if stages >= 3:
             break
     return Config(block, min(stages, 8), ctas * mosaic.num_multiprocessors())
 
 
-def _shared_bytes(tile, H, block, stages, kv_itemsize=2):
+def _shared_bytes(tile, H, block, stages, kv_dtype=jnp.bfloat16):
     """Of a CTA: what kernel.scratch allocates, and the compiler's own."""
     V = H + -H % LINE
-    of_8_bits = kv_itemsize == 1
-    stage = block * ((H + V) * kv_itemsize + 8 * of_8_bits)
+    itemsize = jnp.dtype(kv_dtype).itemsize
+    of_8_bits = itemsize == 1
+    stage = block * ((H + V) * itemsize + 8 * of_8_bits)
     return stage * stages + 2 * tile * (2 * H + V + block) + 2 * block * H * of_8_bits + 4 * 1024
 
 
@@ -138,7 +144,7 @@ def paged_decode(
     if alibi_slopes is not None:
         slopes = alibi_slopes.astype(jnp.float32).reshape(K, 1, heads, 1) * LOG2_E
         alibi_slopes = tiles(jnp.broadcast_to(slopes, (K, Q, heads, fold)).reshape(1, K, group, 1))[0, :, :, 0]
-    config = config or default_config(tile, fold * H, k_pages.dtype.itemsize)
+    config = config or default_config(tile, fold * H, k_pages.dtype, S * K)
     dtype = PRODUCT_DTYPES.get(k_pages.dtype, q.dtype)
     sizes = Sizes(
         S=S, K=K, H=fold * H, tile=tile, group=group, padded=padded, fold=fold, page_lines=page_size // fold,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spec:
-    """Rows of `min_len` to `max_len` tokens of KV, drawn uniformly."""
+    """Rows of `min_len` to `max_len` tokens of KV, drawn uniformly. The rest is paged_decode's."""
 
     name: str
     num_rows: int
@@ -15,6 +15,11 @@ class Spec:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    kv_dtype: str = "bfloat16"
+    queries: int | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+    alibi: bool = False
 
 
 SPECS = (
@@ -27,4 +32,11 @@ SPECS = (
     Spec("llama3-8b decode ragged 64", 64, 128, 8192),
     Spec("llama2-7b decode b64 ctx2k", 64, 2048, 2048, 32, 32),
     Spec("glm4-9b decode b64 ctx2k", 64, 2048, 2048, 32, 2),
+    Spec("llama3-8b decode b64 ctx2k int8", 64, 2048, 2048, page_size=32, kv_dtype="int8"),
+    Spec("llama3-8b decode b64 ctx2k fp8", 64, 2048, 2048, page_size=32, kv_dtype="float8_e4m3fn"),
+    Spec("llama3-8b decode b64 4 queries", 64, 2048, 2048, queries=4),
+    Spec("gemma2-9b decode b64 ctx8k window", 64, 8192, 8192, 16, 8, 256, window=4096, soft_cap=50.0),
+    Spec("mpt-7b decode b64 ctx2k alibi", 64, 2048, 2048, 32, 32, alibi=True),
+    Spec("phi3-mini decode b64 ctx2k", 64, 2048, 2048, 32, 32, 96),
+    Spec("phi2 decode b64 ctx2k", 64, 2048, 2048, 32, 32, 80),
 )

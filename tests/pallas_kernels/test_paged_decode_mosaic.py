@@ -1,5 +1,6 @@
 """The Hopper kernel of paged_decode, interpreted against dense NumPy attention; on a GPU against the reference."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -148,12 +149,15 @@ def blocks_seen(length, span):
     return sorted({key // span.block for key in seen})
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("segments", [8, 512])
 @pytest.mark.parametrize(("tile", "H"), [(8, 64), (8, 96), (8, 128), (16, 128), (64, 128), (8, 256), (32, 256)])
-def test_default_config_fits_in_shared_memory(tile, H):
-    config = mosaic_gpu.default_config(tile, H)
+def test_default_config_fits_in_shared_memory(tile, H, segments, kv_dtype):
+    config = mosaic_gpu.default_config(tile, H, kv_dtype, segments)
     ctas = config.num_ctas // mosaic.num_multiprocessors()
-    assert config.stages >= 2
-    assert ctas * mosaic_gpu._shared_bytes(tile, H, config.block_keys, config.stages) <= mosaic_gpu.SHARED_MEMORY
+    assert config.stages >= 2 and (segments > 8 or ctas == 1)
+    bytes_of_cta = mosaic_gpu._shared_bytes(tile, H, config.block_keys, config.stages, kv_dtype)
+    assert ctas * bytes_of_cta <= mosaic_gpu.SHARED_MEMORY
 
 
 @pytest.mark.parametrize(
@@ -182,19 +186,51 @@ def test_no_hopper_gpu_is_a_reason():
         assert "is needed" in mosaic.unsupported()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_spec_on_the_gpu(spec):
+def on_the_gpu(spec, garbage):
+    """Arguments of a spec's call, every third row unused; what no row owns is `garbage`."""
     rng = np.random.default_rng(0)
     lens = rng.integers(spec.min_len, spec.max_len + 1, spec.num_rows)
     lens[1::3] = 0
     width = -(-spec.max_len // spec.page_size)
     shape = (spec.num_rows * width, spec.num_kv_heads, spec.page_size, spec.head_dim)
+    table = rng.permutation(shape[0]).reshape(spec.num_rows, width)
+    valid = np.zeros((shape[0], spec.page_size), bool)
+    valid[table] = np.arange(width * spec.page_size).reshape(width, -1) < lens[:, None, None]
     keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (spec.num_rows, spec.num_heads, spec.head_dim), jnp.bfloat16)
-    k_pages, v_pages = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:])
-    table = jnp.asarray(rng.permutation(shape[0]).reshape(spec.num_rows, width), jnp.int32)
-    args = (q, k_pages, v_pages, table, jnp.asarray(lens, jnp.int32))
-    out = mosaic_gpu.paged_decode(*args, scale=spec.head_dim**-0.5)
-    expected = reference.paged_decode(*args, scale=spec.head_dim**-0.5)
-    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=1e-2, rtol=2e-2)
+    queries = () if spec.queries is None else (spec.queries,)
+    q = jax.random.normal(keys[0], (spec.num_rows, *queries, spec.num_heads, spec.head_dim), jnp.bfloat16)
+    pages = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:]]
+    pages = [jnp.where(valid[:, None, :, None], x, garbage) for x in pages]
+    options = dict(window=spec.window, soft_cap=spec.soft_cap, scale=spec.head_dim**-0.5)
+    if spec.alibi:
+        options["alibi_slopes"] = slopes_of(spec.num_heads)
+    if spec.kv_dtype != "bfloat16":
+        pages, scales = zip(*(quantize(x, spec.kv_dtype) for x in pages), strict=True)
+        options |= dict(zip(("k_scales", "v_scales"), scales, strict=True))
+    return (q, *pages, jnp.asarray(table, jnp.int32), jnp.asarray(lens, jnp.int32)), options
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_spec_on_the_gpu(spec):
+    args, options = on_the_gpu(spec, jnp.nan)
+    expected = np.asarray(reference.paged_decode(*args, **options), np.float32)
+    outs = []
+    for _ in range(3):
+        poison = [jnp.full(size, jnp.nan, jnp.float32) for size in (args[0].size // 2, 2**20, 2**12)]
+        jax.block_until_ready(poison)
+        del poison  # likely what the output and the workspace are allocated from
+        outs.append(np.asarray(mosaic_gpu.paged_decode(*args, **options), np.float32))
+    np.testing.assert_allclose(outs[0], expected, atol=1e-2, rtol=2e-2)
+    np.testing.assert_array_equal(outs[0], outs[1])
+    np.testing.assert_array_equal(outs[0], outs[2])
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["multi-head", "folded", "four queries", "window over blocks", "int8"])
+def test_no_races(case, monkeypatch, capfd):
+    params = functools.partial(mosaic.plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(mosaic.plgpu, "InterpretGPUParams", params)
+    jax.clear_caches()  # what was traced without
+    test_interpreted(CASES[case])
+    assert "RACE" not in "".join(capfd.readouterr())

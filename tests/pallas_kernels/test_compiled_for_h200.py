@@ -1,0 +1,50 @@
+"""The Hopper kernels compiled to machine code, without a GPU: nothing spills, no array is copied on the way."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.paged_decode import mosaic_gpu
+from tests.pallas_kernels.aot import compile_for_h200, needs_cuda_plugin, registers_and_spills
+
+ROWS, HEADS, PAGES = 8, 8, 4096
+
+# Query heads, head dim, page size, dtype of KV, options. How many registers: 128 let two CTAs share a multiprocessor.
+KERNELS = {
+    "plain": (128, (32, 128, 16, jnp.bfloat16), {}),
+    "window, soft cap and slopes": (128, (32, 128, 16, jnp.bfloat16), dict(window=1000, soft_cap=30.0, slopes=True)),
+    "head dim 96": (128, (8, 96, 16, jnp.bfloat16), {}),
+    "head dim 80": (128, (8, 80, 16, jnp.bfloat16), {}),
+    "head dim 256": (255, (16, 256, 16, jnp.bfloat16), {}),
+    "folded": (255, (16, 32, 16, jnp.bfloat16), {}),
+    "four queries": (255, (32, 128, 16, jnp.bfloat16), dict(queries=4)),
+    "int8": (255, (32, 128, 32, jnp.int8), {}),
+    "float8": (128, (32, 128, 32, jnp.float8_e4m3fn), {}),
+}
+
+
+@needs_cuda_plugin
+@pytest.mark.parametrize("case", KERNELS.values(), ids=KERNELS)
+def test_paged_decode(case, monkeypatch, capfd):
+    most_registers, (N, H, page_size, kv_dtype), options = case
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    queries = () if "queries" not in options else (options["queries"],)
+    arrays = {"alibi_slopes": jax.ShapeDtypeStruct((N,), jnp.float32)} if options.get("slopes") else {}
+    if jnp.dtype(kv_dtype).itemsize == 1:
+        arrays |= {
+            name: jax.ShapeDtypeStruct((PAGES, HEADS, page_size), jnp.float32) for name in ("k_scales", "v_scales")
+        }
+    static = {name: options.get(name) for name in ("window", "soft_cap")}
+
+    def call(q, k_pages, v_pages, table, lens, arrays):
+        return mosaic_gpu.paged_decode(q, k_pages, v_pages, table, lens, scale=0.1, **static, **arrays)
+
+    pages = jax.ShapeDtypeStruct((PAGES, HEADS, page_size, H), kv_dtype)
+    table, lens = jax.ShapeDtypeStruct((ROWS, 64), jnp.int32), jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    compiled = compile_for_h200(
+        call, jax.ShapeDtypeStruct((ROWS, *queries, N, H), jnp.bfloat16), pages, pages, table, lens, arrays
+    )
+    [(registers, spilled)] = registers_and_spills("".join(capfd.readouterr()))
+    assert spilled == 0 and registers <= most_registers
+    pool = PAGES * HEADS * page_size * H * jnp.dtype(kv_dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < pool / 8
