@@ -92,7 +92,7 @@ def test_published_config():
 BAD = {
     "missing": ({"n_embd": None}, "n_embd is missing"),
     "zero": ({"n_layer": 0}, "n_layer=0 must be an integer >= 1"),
-    "heads": ({"n_head": 5}, "hidden_size=768 must be a multiple of num_attention_heads=5"),
+    "heads": ({"n_head": 5}, "n_embd=768 must be a multiple of n_head=5"),
     "layer scale": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     "cross attention": ({"add_cross_attention": True}, "add_cross_attention=True is not supported; allowed: False"),
 }
