@@ -50,7 +50,6 @@ VARIANTS = {  # a tiny vocabulary is version 1's: what that decides is overridde
     "2-13b": BAICHUAN2_13B_CHAT | TINY | {"norm_head": True},
     "2-7b": BAICHUAN2_7B_CHAT | TINY | {"norm_head": True},
     "13b": BAICHUAN_13B_CHAT | TINY | {"num_attention_heads": 4},
-    "7b": BAICHUAN_7B | TINY,
 }
 
 
@@ -136,7 +135,7 @@ def test_the_reference_of_7b_is_llama_with_a_normalized_head():
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["2-7b", "13b"])
 def test_alone(variant, tmp_path):
     config = VARIANTS[variant]
     weights = tensors_of(config)

@@ -177,9 +177,10 @@ def test_the_reference_is_transformers_glm():
 
 VARIANTS = {
     "glm4": TINY_GLM4,
-    "glm4-1m": GLM4_9B_CHAT_1M | TINY | {"architectures": ["ChatGLMForConditionalGeneration"]},
+    "glm4-1m, all biases": GLM4_9B_CHAT_1M
+    | TINY
+    | {"architectures": ["ChatGLMForConditionalGeneration"], "add_bias_linear": True},
     "chatglm3": CHATGLM3_6B | TINY,
-    "all biases": TINY_GLM4 | {"add_bias_linear": True},
 }
 
 

@@ -66,7 +66,6 @@ EXPECTED = {  # heads, KV heads, longest sequence, rope theta, vocabulary, eps, 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "torch_dtype": "float32"}
 LOADED = {
     "vicuna-7b-v1.3": TINY | {"num_attention_heads": 4, "vocab_size": 96},
-    "vicuna-7b-v1.5-16k": TINY | {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96},
     "chinese-alpaca-2-7b": TINY | {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 103},
     "yi-6b-chat": TINY | {"num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 96},
 }

@@ -46,8 +46,9 @@ TINY = {
 VARIANTS = {
     "125m": OPT_125M | TINY,
     "350m": OPT_350M | TINY | {"word_embed_proj_dim": 24},
-    "no final norm": OPT_125M | TINY | {"_remove_final_layer_norm": True},
-    "no biases, own head": OPT_125M | TINY | {"enable_bias": False, "tie_word_embeddings": False},
+    "no final norm, no biases, own head": OPT_125M
+    | TINY
+    | {"_remove_final_layer_norm": True, "enable_bias": False, "tie_word_embeddings": False},
 }
 
 

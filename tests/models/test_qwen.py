@@ -69,10 +69,9 @@ TINY = QWEN_7B_CHAT | {
     "vocab_size": 96,
 }
 VARIANTS = {
-    "both": TINY,
-    "ntk": TINY | {"use_logn_attn": False},
     "logn": TINY | {"use_dynamic_ntk": False},
-    "biases, part of the head": TINY | {"no_bias": False, "rotary_pct": 0.5, "rotary_emb_base": 500},
+    "ntk, biases, part of the head": TINY
+    | {"use_logn_attn": False, "no_bias": False, "rotary_pct": 0.5, "rotary_emb_base": 500},
 }
 
 
