@@ -68,7 +68,7 @@ def test_folder_and_memory_are_the_same(folder, expected):
     assert greedy(LLM(str(folder), **IDS)) == greedy(LLM(folder, **IDS)) == expected
 
 
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], ["LLamaForCausalLM"]])
+@pytest.mark.parametrize("architectures", [["T5ForConditionalGeneration"], ["LLamaForCausalLM"]])
 def test_an_unsupported_architecture_lists_the_supported(folder, architectures):
     write_json(folder / "config.json", TINY | {"architectures": architectures})
     with pytest.raises(ValueError, match=f"{architectures[0]}.*Supported: .*LlamaForCausalLM"):
