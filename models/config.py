@@ -5,9 +5,10 @@ key, the value and what is allowed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from jaxllm.models.layers.mlp import ACTIVATIONS
 
@@ -60,7 +61,14 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one checkpoint, under the names that config.json gives them."""
+    """The architecture of one checkpoint, under the names that config.json gives them.
+
+    A family is data on a subclass: `defaults` for keys that its config.json may lack, `qk_norm` for a norm of each
+    head's queries and keys. Keys of its own it reads in an override of `from_hf`.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    qk_norm: ClassVar[bool] = False
 
     architecture: str
     vocab_size: int  # V
@@ -80,6 +88,10 @@ class ModelConfig:
     initializer_range: float  # standard deviation of random weights
     rope: RopeConfig
     dtype: str  # the checkpoint's: what dtype "auto" means
+    windows: tuple[int | None, ...] = ()  # of each layer, how many keys a query sees; None: all. Empty: all, everywhere
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
 
     @property
     def max_model_len(self) -> int:
@@ -89,12 +101,18 @@ class ModelConfig:
         return max(self.max_position_embeddings, stretched)
 
     @classmethod
+    def reader(cls, config: Mapping[str, Any]) -> "_Reader":
+        """Checked reads from config.json, or from the family's defaults."""
+        return _Reader({**cls.defaults, **{key: value for key, value in config.items() if value is not None}})
+
+    @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """From the dict of a Hugging Face config.json. Keys without a meaning here are left alone.
 
         Raises: ValueError naming the key, its value and what is allowed.
         """
-        get = _Reader(config)
+        get = cls.reader(config)
+        config = get.config
         _refuse_unsupported(config)
         hidden_size = get.integer("hidden_size")
         num_heads = get.integer("num_attention_heads")
@@ -150,6 +168,9 @@ class _Reader:
             raise ValueError(f"{self.where}{key}={value!r} must be an integer >= 1")
         return value
 
+    def optional_integer(self, key: str) -> int | None:
+        return None if self.config.get(key) is None else self.integer(key)
+
     def number(self, key: str, default: float | None = None, minimum: float = 0.0) -> float:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
@@ -167,6 +188,29 @@ class _Reader:
         if value not in allowed:
             raise ValueError(f"{self.where}{key}={value!r} is not supported; allowed: {', '.join(allowed)}")
         return value
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def windows_of(
+    config: Mapping[str, Any], num_layers: int, window: int | None, slides: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """Each layer's window: `window` where `layer_types` says "sliding_attention", or, where a config has no such list,
+    where `slides` says so of the layer's index.
+
+    Raises: ValueError for a list of another length or with other types, or with sliding layers and no window.
+    """
+    types = config.get("layer_types")
+    if types is None:
+        return tuple(window if slides(layer) else None for layer in range(num_layers))
+    if not isinstance(types, list | tuple) or len(types) != num_layers or not set(types) <= set(LAYER_TYPES):
+        raise ValueError(
+            f"layer_types={types!r} must list one of {', '.join(LAYER_TYPES)} for each of num_hidden_layers={num_layers}"
+        )
+    if window is None and "sliding_attention" in types:
+        raise ValueError(f"layer_types={types!r} has sliding layers, so sliding_window must be an integer >= 1")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

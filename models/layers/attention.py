@@ -3,6 +3,8 @@
 Decode rows and prefill rows have a kernel each; what a step holds of either is read from the StepBatch.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -63,9 +65,16 @@ class Attention(nnx.Module):
         out_bias: bool,
         dtype,
         initializer: Initializer,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        norm: Callable[[int], nnx.Module] | None = None,
     ):
+        """`scale` is head_dim ** -0.5 unless given; `norm` makes the norm of each head's queries and of its keys."""
         self.head_dim = head_dim
-        self.scale = head_dim**-0.5
+        self.attend = dict(scale=head_dim**-0.5 if scale is None else scale, window=window, soft_cap=soft_cap)
+        self.q_norm = None if norm is None else norm(head_dim)
+        self.k_norm = None if norm is None else norm(head_dim)
         self.qkv = Linear(
             hidden_size,
             {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim},
@@ -89,5 +98,7 @@ class Attention(nnx.Module):
         """x [T, D]; cos, sin [T, rotary_dim / 2] -> ([T, D], kv with this step's tokens)."""
         num_tokens = x.shape[0]
         q, k, v = (part.reshape(num_tokens, -1, self.head_dim) for part in self.qkv.split(x))  # [T, N or K, H]
-        out, kv = paged_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, kv, batch, scale=self.scale)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, kv = paged_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, kv, batch, **self.attend)
         return self.out(out.reshape(num_tokens, -1)), kv
