@@ -61,12 +61,14 @@ class Model(Protocol):
     """What the registry builds: an NNX module whose weights are declared with `layers.param.param`.
 
     `weight_names` maps a checkpoint's names to ours, one row per module: `(checkpoint name, our path)` or
-    `(checkpoint name, our path, part of a merged weight)`. `{}` stands for a layer's number, and the last word
-    ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
+    `(checkpoint name, our path, part of a merged weight)`, and after the part (None: all of it) what is done to the
+    values, one of `weights.TRANSFORMS`. `{}` stands for a layer's number, and the last word ("weight", "bias") is
+    carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
+    `optional_prefixes`, where a family has them, begin names that some of its checkpoints give without.
     A family whose config.json has keys of its own names a subclass of ModelConfig in `config_class`.
     """
 
-    weight_names: ClassVar[tuple[tuple[str, ...], ...]]
+    weight_names: ClassVar[tuple[tuple[str | None, ...], ...]]
     ignored_weights: tuple[str, ...]
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype): ...
@@ -96,6 +98,7 @@ class Network:
         self.dtype = jnp.dtype(dtype)
         self.weight_names = module.weight_names
         self.ignored_weights = module.ignored_weights
+        self.optional_prefixes: tuple[str, ...] = getattr(module, "optional_prefixes", ())
         self.kv_shapes = module.kv_shapes
         self._graph, state = nnx.split(module)
         # NNX keys the items of a list by int; the public tree has strings alone.

@@ -1,12 +1,20 @@
-"""Llama (Touvron et al. 2023) and what is built like it: RMSNorm, rotary attention, a gated feed-forward layer."""
+"""Llama (Touvron et al. 2023) and what is built like it: RMSNorm, rotary attention, a gated feed-forward layer.
 
-from typing import ClassVar
+What Mistral, Qwen2, Qwen3 and Phi-3 do differently is data: in their configs (windows, biases, norms of queries and
+keys) and in their tables of weight names.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, windows_of
 from jaxllm.models.interface import KVPages, LayerKV, StepBatch
 from jaxllm.models.layers.attention import Attention
 from jaxllm.models.layers.embed import Embed
@@ -18,10 +26,13 @@ from jaxllm.models.layers.rope import Rope, sequence_lengths
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype):
+    attention_class: ClassVar = Attention
+
+    def __init__(self, config: ModelConfig, dtype, layer: int):
         initializer = normal(config.initializer_range)
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.attention = Attention(
+        norm = functools.partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention_norm = norm(config.hidden_size)
+        self.attention = self.attention_class(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -30,8 +41,12 @@ class DecoderLayer(nnx.Module):
             out_bias=config.attention_out_bias,
             dtype=dtype,
             initializer=initializer,
+            interleaved_rope=config.rope is not None and config.rope.interleaved,
+            alibi=config.alibi,
+            window=config.window(layer),
+            norm=functools.partial(norm, axis=None) if config.qk_norm else None,
         )
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp_norm = norm(config.hidden_size)
         self.mlp = GatedMLP(
             config.hidden_size,
             config.intermediate_size,
@@ -42,7 +57,7 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, kv: LayerKV, batch: StepBatch
+        self, x: jax.Array, cos: jax.Array | None, sin: jax.Array | None, kv: LayerKV, batch: StepBatch
     ) -> tuple[jax.Array, LayerKV]:
         """x [T, D] -> ([T, D], kv with this step's tokens)."""
         attended, kv = self.attention(self.attention_norm(x), cos, sin, kv, batch)
@@ -50,9 +65,16 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), kv
 
 
+QK_NORM_NAMES = (
+    ("model.layers.{}.self_attn.q_norm", "layers.{}.attention.q_norm"),
+    ("model.layers.{}.self_attn.k_norm", "layers.{}.attention.k_norm"),
+)
+
+
 class LlamaForCausalLM(nnx.Module):
     """A `Model` (see interface.py)."""
 
+    layer_class: ClassVar = DecoderLayer
     weight_names: ClassVar = (
         ("model.embed_tokens", "embed"),
         ("model.layers.{}.input_layernorm", "layers.{}.attention_norm"),
@@ -74,9 +96,9 @@ class LlamaForCausalLM(nnx.Module):
         self.ignored_weights = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
         initializer = normal(config.initializer_range)
         self.embed = Embed(config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer)
-        self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([self.layer_class(config, dtype, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.rope = Rope(config.rope)
+        self.rope = None if config.rope is None else Rope(config.rope)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -88,12 +110,18 @@ class LlamaForCausalLM(nnx.Module):
     def __call__(self, kv: KVPages, batch: StepBatch) -> tuple[jax.Array, KVPages]:
         """Hidden states [T, D] after the last norm, and the pages with this step's KV."""
         x = self.embed(batch.token_ids)
-        cos, sin = self.rope(batch.positions, sequence_lengths(batch.positions, batch.prompt_lens, batch.seq_ids))
+        cos, sin = self.rotations(batch)
         new_kv = []
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, layer_kv = layer(x, cos, sin, layer_kv, batch)
             new_kv.append(layer_kv)
         return self.norm(x), tuple(new_kv)
+
+    def rotations(self, batch: StepBatch) -> tuple[jax.Array | None, jax.Array | None]:
+        """(cos, sin) of each token, [T, rotary_dim / 2]; (None, None) for a model that does not rotate."""
+        if self.rope is None:
+            return None, None
+        return self.rope(batch.positions, sequence_lengths(batch.positions, batch.prompt_lens, batch.seq_ids))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [S, D] -> float32 [S, V]."""
@@ -104,3 +132,60 @@ class LlamaForCausalLM(nnx.Module):
     def kv_shapes(self, num_pages: int, page_size: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
         shape = (num_pages, self.config.num_key_value_heads, page_size, self.config.head_dim)
         return ((shape, shape),) * self.config.num_hidden_layers
+
+
+class MistralConfig(ModelConfig):
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "MistralConfig":
+        read = super().from_hf(config)
+        # null is no window; a config without the key means the first Mistral's.
+        window = cls.reader(config).optional_integer("sliding_window") if "sliding_window" in config else 4096
+        return replace(read, windows=(window,) * read.num_hidden_layers)
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """Mistral (Jiang et al. 2023): Llama with a sliding window in its first version."""
+
+    config_class: ClassVar = MistralConfig
+
+
+class Qwen2Config(ModelConfig):
+    defaults = MappingProxyType(
+        {
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "max_position_embeddings": 32768,
+        }
+    )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Qwen2Config":
+        read, get = super().from_hf(config), cls.reader(config)
+        first = get.integer("max_window_layers", minimum=0)
+        window = get.integer("sliding_window") if get.boolean("use_sliding_window", default=False) else None
+        return replace(
+            read, windows=windows_of(config, read.num_hidden_layers, window, slides=lambda layer: layer >= first)
+        )
+
+
+class Qwen2ForCausalLM(LlamaForCausalLM):
+    """Qwen1.5, Qwen2 and Qwen2.5 (Qwen team 2024): biases on q, k and v; the later layers may have a window."""
+
+    config_class: ClassVar = Qwen2Config
+
+
+class Qwen3Config(Qwen2Config):
+    defaults = MappingProxyType(
+        {**Qwen2Config.defaults, "attention_bias": False, "attention_out_bias": None, "head_dim": 128}
+    )
+    qk_norm = True
+
+
+class Qwen3ForCausalLM(LlamaForCausalLM):
+    """Qwen3 (Qwen team 2025): each head's queries and keys are normed."""
+
+    config_class: ClassVar = Qwen3Config
+    weight_names: ClassVar = (*LlamaForCausalLM.weight_names, *QK_NORM_NAMES)

@@ -18,8 +18,20 @@ from jaxllm.models.interface import Network
 ENTRY_POINT_GROUP = "jaxllm.models"
 
 _MODELS: dict[str, str | type] = {
+    "BaiChuanForCausalLM": "jaxllm.models.baichuan:BaichuanForCausalLM",  # the first 7B alone has the second capital
+    "BaichuanForCausalLM": "jaxllm.models.baichuan:BaichuanForCausalLM",
+    "ChatGLMForConditionalGeneration": "jaxllm.models.chatglm:ChatGLMModel",
+    "ChatGLMModel": "jaxllm.models.chatglm:ChatGLMModel",
+    "GPT2LMHeadModel": "jaxllm.models.gpt2:GPT2LMHeadModel",
+    "GlmForCausalLM": "jaxllm.models.chatglm:GlmForCausalLM",
     "LlamaForCausalLM": "jaxllm.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "jaxllm.models.llama:MistralForCausalLM",
+    "OPTForCausalLM": "jaxllm.models.opt:OPTForCausalLM",
+    "QWenLMHeadModel": "jaxllm.models.qwen:QWenLMHeadModel",
+    "Qwen2ForCausalLM": "jaxllm.models.llama:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "jaxllm.models.llama:Qwen3ForCausalLM",
     "RunningSumForTesting": "jaxllm.models.testing:RunningSumForTesting",
+    "TinyllmForCausalLM": "jaxllm.models.tinyllm:TinyllmForCausalLM",
 }
 
 

@@ -7,7 +7,7 @@ missing, unused or of another shape is proven from the files' headers, before an
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,17 @@ from jaxllm.models.interface import Network, Params
 ParamPath = tuple[str, ...]  # ("layers", "0", "attention", "qkv", "weight")
 
 
+def _unit_rows(matrix: np.ndarray) -> np.ndarray:
+    """[rows, columns], each row divided by its Euclidean norm, in float32."""
+    matrix = matrix.astype(np.float32)
+    norms = np.sqrt(np.einsum("ij,ij->i", matrix, matrix))
+    return matrix / np.maximum(norms, 1e-12)[:, None]
+
+
+# What a row of `weight_names` may ask for. Each, applied to its own result, gives a checkpoint's tensor again.
+TRANSFORMS = {"transposed": np.transpose, "unit_rows": _unit_rows}
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where one of the checkpoint's tensors goes: rows start : start + shape[0] of a parameter."""
@@ -31,6 +42,15 @@ class Slot:
     path: ParamPath
     start: int
     shape: tuple[int, ...]
+    transform: str | None = None
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of the checkpoint's tensor."""
+        return self.shape[::-1] if self.transform == "transposed" else self.shape
+
+    def transformed(self, values: np.ndarray) -> np.ndarray:
+        return TRANSFORMS[self.transform](values) if self.transform else values
 
 
 def load_params(network: Network, folder: str | Path, *, shardings: Any = None, progress: bool = True) -> dict:
@@ -47,7 +67,7 @@ def load_params(network: Network, folder: str | Path, *, shardings: Any = None, 
       shards; or a damaged file, with what to do about it.
     """
     slots = checkpoint_slots(network)
-    tensors = list_tensors(Path(folder))
+    tensors = _fully_named(network, slots, list_tensors(Path(folder)))
     _raise_if(_problems_of_tensors(network, slots, tensors), f"{folder} does not fit {network.config.architecture}")
     targets = _targets(network, shardings)
     total = sum(spec.abstract.size for spec in network.specs.values()) * network.dtype.itemsize
@@ -86,14 +106,16 @@ def save_checkpoint(network: Network, params: Params, folder: str | Path) -> Pat
     """Write parameters as `folder/model.safetensors` under the checkpoint's names; the inverse of `load_params`."""
     check_params(network, params)
     flat = flatten_dict(params)
-    tensors = {
-        name: np.ascontiguousarray(np.asarray(flat[slot.path])[slot.start : slot.start + slot.shape[0]])
-        for name, slot in checkpoint_slots(network).items()
-    }
+    tensors = {name: _as_saved(slot, np.asarray(flat[slot.path])) for name, slot in checkpoint_slots(network).items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder / "model.safetensors"
+
+
+def _as_saved(slot: Slot, weight: np.ndarray) -> np.ndarray:
+    values = slot.transformed(weight[slot.start : slot.start + slot.shape[0]])
+    return np.ascontiguousarray(values.astype(weight.dtype, copy=False))
 
 
 def checkpoint_slots(network: Network) -> dict[str, Slot]:
@@ -102,23 +124,38 @@ def checkpoint_slots(network: Network) -> dict[str, Slot]:
     for path, spec in network.specs.items():
         names = _checkpoint_names(network.weight_names, path)
         start = 0
-        for part, size in spec.parts or ((None, spec.shape[0]),):
+        # A merged weight is merged already in checkpoints whose row for it names no part.
+        for part, size in spec.parts if spec.parts and None not in names else ((None, spec.shape[0]),):
             if part not in names:
                 raise ValueError(f"weight_names of {network.config.architecture} has no row for {path}, part {part!r}")
-            slots[names[part]] = Slot(path, start, (size, *spec.shape[1:]))
+            name, transform = names[part]
+            slots[name] = Slot(path, start, (size, *spec.shape[1:]), transform if len(spec.shape) > 1 else None)
             start += size
     return slots
 
 
-def _checkpoint_names(weight_names: tuple[tuple[str, ...], ...], path: ParamPath) -> dict[str | None, str]:
-    """A parameter's part (None: all of it) -> the checkpoint's name, from the model's table."""
+def _checkpoint_names(weight_names: tuple, path: ParamPath) -> dict[str | None, tuple[str, str | None]]:
+    """A parameter's part (None: all of it) -> the checkpoint's name and the transform, from the model's table."""
     module, leaf = ".".join(path[:-1]), path[-1]
     names = {}
-    for theirs, ours, *part in weight_names:
+    for theirs, ours, *rest in weight_names:
         match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
         if match:
-            names[part[0] if part else None] = f"{theirs.format(*match.groups())}.{leaf}"
+            part, transform = (*rest, None, None)[:2]
+            names[part] = (f"{theirs.format(*match.groups())}.{leaf}", transform)
     return names
+
+
+def _fully_named(
+    network: Network, slots: Mapping[str, Slot], tensors: list[CheckpointTensor]
+) -> list[CheckpointTensor]:
+    """The tensors, those that are needed and lack one of the family's optional prefixes under their full names."""
+
+    def full_name(name: str) -> str:
+        candidates = (prefix + name for prefix in ("", *network.optional_prefixes))
+        return next((candidate for candidate in candidates if candidate in slots), name)
+
+    return [replace(tensor, name=full_name(tensor.name)) for tensor in tensors]
 
 
 def _stream(
@@ -133,11 +170,11 @@ def _stream(
         slot = slots[tensor.name]
         spec = network.specs[slot.path]
         if slot.shape == spec.shape:
-            yield slot.path, tensor.read().astype(spec.dtype, copy=False)
+            yield slot.path, slot.transformed(tensor.read()).astype(spec.dtype, copy=False)
             continue
         if slot.path not in merging:
             merging[slot.path] = np.empty(spec.shape, spec.dtype)
-        merging[slot.path][slot.start : slot.start + slot.shape[0]] = tensor.read()
+        merging[slot.path][slot.start : slot.start + slot.shape[0]] = slot.transformed(tensor.read())
         waiting[slot.path] -= 1
         if not waiting[slot.path]:
             yield slot.path, merging.pop(slot.path)
@@ -147,14 +184,14 @@ def _problems_of_tensors(network: Network, slots: Mapping[str, Slot], tensors: l
     files = {tensor.name: tensor.file.name for tensor in tensors}
     where = ", ".join(sorted(set(files.values())))
     problems = [
-        f"missing: {name}, expected shape {list(slot.shape)}, is in none of {where}"
+        f"missing: {name}, expected shape {list(slot.file_shape)}, is in none of {where}"
         for name, slot in slots.items()
         if name not in files
     ]
     for tensor in tensors:
         name, file, shape = tensor.name, tensor.file.name, list(tensor.shape)
-        if name in slots and slots[name].shape != tensor.shape:
-            problems.append(f"{name} in {file}: expected shape {list(slots[name].shape)}, found {shape}")
+        if name in slots and slots[name].file_shape != tensor.shape:
+            problems.append(f"{name} in {file}: expected shape {list(slots[name].file_shape)}, found {shape}")
         elif name in slots and files[name] != file:
             problems.append(f"{name} is in both {file} and {files[name]}")
         elif name not in slots and not any(fnmatchcase(name, pattern) for pattern in network.ignored_weights):

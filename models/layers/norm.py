@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization")."""
+"""RMSNorm (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization") and LayerNorm (Ba et al. 2016)."""
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +33,18 @@ def normalized(x: jax.Array, eps: float) -> jax.Array:
     """x [..., D] over its root mean square, in float32."""
     x32 = x.astype(jnp.float32)
     return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, size: int, *, eps: float, dtype):
+        self.eps = eps
+        self.weight = param((size,), dtype, ("embed",), ones)
+        self.bias = param((size,), dtype, ("embed",), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [T, D] -> [T, D]. All in float32, rounded once: as torch does."""
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        weight, bias = (leaf[...].astype(jnp.float32)[None, :] for leaf in (self.weight, self.bias))
+        return (centred * jax.lax.rsqrt(variance + self.eps) * weight + bias).astype(x.dtype)
