@@ -33,6 +33,10 @@ ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
             "truncate",
         },
     ),
+    "longrope": (
+        {"short_factor", "long_factor"},
+        {"factor", "original_max_position_embeddings", "attention_factor"},
+    ),
 }
 # Found in rope settings without any effect on the values.
 _ROPE_COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
@@ -45,19 +49,21 @@ class RopeConfig:
     rope_type: str
     theta: float
     rotary_dim: int  # the first rotary_dim of a head's dimensions are rotated
-    max_positions: int  # the length trained with: type dynamic, llama3 and yarn scale beyond it
+    max_positions: int  # the length trained with: types dynamic, llama3, yarn and longrope scale beyond it
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 1.0  # llama3
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
+    short_factors: tuple[float, ...] = ()  # longrope: [rotary_dim / 2], of periods in sequences up to max_positions
+    long_factors: tuple[float, ...] = ()  # longrope: those in longer ones
     interleaved: bool = False  # pairs are neighbours (2i, 2i + 1), as in RoFormer and GLM; else halves apart
 
     def kv_depends_on_prompt_len(self, prompt_len: int) -> bool:
         """Whether prompts of this length have keys that prompts of other lengths, but equal beginnings, don't have."""
-        return self.rope_type == "dynamic" and prompt_len > self.max_positions
+        return self.rope_type in ("dynamic", "longrope") and prompt_len > self.max_positions
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ class ModelConfig:
     """The architecture of one checkpoint, under the names that config.json gives them.
 
     A family is data on a subclass: `names` for keys that it spells its own way (ours -> its), `defaults` for those that
-    its config.json may lack, `qk_norm` for a norm of each head's queries and keys. What its keys mean beyond that is for
-    an override of `from_hf`.
+    its config.json may lack, `qk_norm` for a norm of each head's queries and keys. What its keys mean beyond that is
+    for an override of `from_hf`.
     """
 
     names: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -100,11 +106,11 @@ class ModelConfig:
     @property
     def max_model_len(self) -> int:
         """The longest sequence: rope types that stretch the trained length by a factor may leave it out of
-        max_position_embeddings; llama3's is always in it."""
+        max_position_embeddings; llama3's and longrope's is always in it."""
         if self.rope is None:
             return self.max_position_embeddings
-        stretched = 0 if self.rope.rope_type == "llama3" else int(self.rope.max_positions * self.rope.factor)
-        return max(self.max_position_embeddings, stretched)
+        included = self.rope.rope_type in ("llama3", "longrope")
+        return max(self.max_position_embeddings, 0 if included else int(self.rope.max_positions * self.rope.factor))
 
     def kv_depends_on_prompt_len(self, prompt_len: int) -> bool:
         """See RopeConfig."""
@@ -198,6 +204,16 @@ class _Reader:
             raise ValueError(f"{name}={value!r} must be a finite number >= {minimum}")
         return float(value)
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        name, value = self._get(key, None)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != count
+            or not all(isinstance(item, int | float) and 0 < item < math.inf for item in value)
+        ):
+            raise ValueError(f"{name}={value!r} must be a list of {count} finite numbers > 0")
+        return tuple(map(float, value))
+
     def boolean(self, key: str, default: bool) -> bool:
         name, value = self._get(key, default)
         if not isinstance(value, bool):
@@ -227,7 +243,8 @@ def windows_of(
         return tuple(window if slides(layer) else None for layer in range(num_layers))
     if not isinstance(types, list | tuple) or len(types) != num_layers or not set(types) <= set(LAYER_TYPES):
         raise ValueError(
-            f"layer_types={types!r} must list one of {', '.join(LAYER_TYPES)} for each of num_hidden_layers={num_layers}"
+            f"layer_types={types!r} must list one of {', '.join(LAYER_TYPES)} for each of "
+            f"num_hidden_layers={num_layers}"
         )
     if window is None and "sliding_attention" in types:
         raise ValueError(f"layer_types={types!r} has sliding layers, so sliding_window must be an integer >= 1")
@@ -269,6 +286,8 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int, max_positions: int) 
     where, settings = _rope_settings(config)
     get = _Reader(settings, where)
     rope_type = settings.get("rope_type") or settings.get("type") or "default"
+    if rope_type == "su":  # what the first Phi-3 configs call it
+        rope_type = "longrope"
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"{where}rope_type={rope_type!r} is not supported; allowed: {', '.join(ROPE_TYPES)}")
     _check_rope_keys(where, rope_type, settings)
@@ -293,6 +312,15 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int, max_positions: int) 
         factor = get.number("factor", minimum=1.0)
         return RopeConfig(**common, max_positions=original, factor=factor, low_freq_factor=low, high_freq_factor=high)
     factor = get.number("factor", default=max_positions / original)
+    if rope_type == "longrope":
+        return RopeConfig(
+            **common,
+            max_positions=original,
+            factor=factor,
+            attention_factor=_longrope_attention_factor(get, factor, original),
+            short_factors=get.numbers("short_factor", rotary_dim // 2),
+            long_factors=get.numbers("long_factor", rotary_dim // 2),
+        )
     return RopeConfig(
         **common,
         max_positions=original,
@@ -345,3 +373,10 @@ def _yarn_attention_factor(get: _Reader, factor: float) -> float:
     if mscale and mscale_all_dim:
         return temperature(get.number("mscale")) / temperature(get.number("mscale_all_dim"))
     return temperature(1.0)
+
+
+def _longrope_attention_factor(get: _Reader, factor: float, original: int) -> float:
+    """What makes up for the longer context in the scores (Ding et al. 2024, "LongRoPE")."""
+    if get.config.get("attention_factor") is not None:
+        return get.number("attention_factor")
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

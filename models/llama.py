@@ -189,3 +189,30 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
 
     config_class: ClassVar = Qwen3Config
     weight_names: ClassVar = (*LlamaForCausalLM.weight_names, *QK_NORM_NAMES)
+
+
+class Phi3Config(ModelConfig):
+    defaults = MappingProxyType({"max_position_embeddings": 4096, "rms_norm_eps": 1e-5})
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Phi3Config":
+        read = super().from_hf(config)
+        window = cls.reader(config).optional_integer("sliding_window")
+        return replace(read, windows=(window,) * read.num_hidden_layers)
+
+
+class Phi3ForCausalLM(LlamaForCausalLM):
+    """Phi-3, Phi-3.5 and Phi-4 (Abdin et al. 2024): fused projections, a window, LongRoPE."""
+
+    config_class: ClassVar = Phi3Config
+    weight_names: ClassVar = (
+        ("model.embed_tokens", "embed"),
+        ("model.layers.{}.input_layernorm", "layers.{}.attention_norm"),
+        ("model.layers.{}.self_attn.qkv_proj", "layers.{}.attention.qkv"),
+        ("model.layers.{}.self_attn.o_proj", "layers.{}.attention.out"),
+        ("model.layers.{}.post_attention_layernorm", "layers.{}.mlp_norm"),
+        ("model.layers.{}.mlp.gate_up_proj", "layers.{}.mlp.gate_up"),
+        ("model.layers.{}.mlp.down_proj", "layers.{}.mlp.down"),
+        ("model.norm", "norm"),
+        ("lm_head", "lm_head"),
+    )

@@ -115,7 +115,7 @@ class QWenAttention(Attention):
     logn_from: int | None = None  # logn attention: positions from this one on scale their query
 
     def scaled(self, q: jax.Array, batch: StepBatch) -> jax.Array:
-        """q [T, N, H] times log(n) / log(trained length) at a token that is the n-th of its sequence and lies beyond."""
+        """q [T, N, H] times log(n) / log(trained length) at the n-th token of a sequence, beyond that length."""
         if self.logn_from is None:
             return q
         lengths = jnp.maximum(batch.positions + 1, self.logn_from).astype(jnp.float32)

@@ -13,7 +13,7 @@ class RMSNorm(nnx.Module):
         self.weight = param((size,), dtype, (axis,), ones)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D]. Normalizes in float32, rounds to x's dtype, only then scales: as transformers does."""
+        """x [..., D] -> [..., D]. Normalizes in float32, rounds to x's dtype, then scales: as transformers does."""
         return normalized(x, self.eps).astype(x.dtype) * self.weight[...]
 
 
