@@ -227,7 +227,7 @@ class Gemma2ForCausalLM(nnx.Module):
 
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
-    """Gemma 3's text models: five local layers to a global one, each kind with its own rope; queries and keys normed."""
+    """Gemma 3's text models: five local layers to a global one, each kind with a rope of its own; norms of q and k."""
 
     config_class: ClassVar = Gemma3Config
     weight_names: ClassVar = (*Gemma2ForCausalLM.weight_names, *QK_NORM_NAMES)

@@ -62,8 +62,9 @@ class Model(Protocol):
 
     `weight_names` maps a checkpoint's names to ours, one row per module: `(checkpoint name, our path)` or
     `(checkpoint name, our path, part of a merged weight)`, and after the part (None: all of it) what is done to the
-    values, one of `weights.TRANSFORMS`. `{}` stands for a layer's number, and the last word ("weight", "bias") is
-    carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
+    values, one of `weights.TRANSFORMS`. `{}` stands for a layer's number, a further one on the left for an expert's in
+    a stacked weight, and the last word ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of
+    checkpoint tensors nothing uses.
     `optional_prefixes`, where a family has them, begin names that some of its checkpoints give without.
     A family whose config.json has keys of its own names a subclass of ModelConfig in `config_class`.
     """

@@ -62,7 +62,11 @@ class DecoderLayer(nnx.Module):
         """x [T, D] -> ([T, D], kv with this step's tokens)."""
         attended, kv = self.attention(self.attention_norm(x), cos, sin, kv, batch)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), kv
+        return x + self.feed_forward(self.mlp_norm(x), batch), kv
+
+    def feed_forward(self, x: jax.Array, batch: StepBatch) -> jax.Array:
+        """x [T, D] -> [T, D]; for families to which it matters what is padding."""
+        return self.mlp(x)
 
 
 QK_NORM_NAMES = (

@@ -56,8 +56,8 @@ def sequence_lengths(positions: jax.Array, prompt_lens: jax.Array, seq_ids: jax.
 
     transformers picks dynamic and longrope frequencies by the longest position of each call, which is the prompt's
     length for a prompt's tokens and position + 1 for a generated one. Taken per token, it no longer depends on
-    chunking, preemption or batch mates. (Where a generated token takes a sequence past the trained length, transformers'
-    `generate` computes longrope's KV again, all with the long factors; here the tokens before it keep the short ones.)
+    chunking, preemption or batch mates. (When a generated token takes a sequence past the trained length, `generate` of
+    transformers computes longrope's KV again with the long factors; here the tokens before it keep the short ones.)
     """
     return jnp.maximum(prompt_lens[seq_ids], positions + 1)
 
