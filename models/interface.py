@@ -47,10 +47,10 @@ class StepBatch:
 
 
 class LayerKV(NamedTuple):
-    """The KV pages of one layer."""
+    """The KV pages of one layer. In latent attention (see layers/mla.py), one array holds a token's keys and values."""
 
-    k: jax.Array  # [P, K, page_size, H]
-    v: jax.Array  # [P, K, page_size, H]
+    k: jax.Array  # [P, K, page_size, H]; latent: [P, page_size, C + R]
+    v: jax.Array | None  # [P, K, page_size, H]; latent: None
 
 
 KVPages = tuple[LayerKV, ...]
@@ -82,8 +82,8 @@ class Model(Protocol):
         """float32 [S, V] of hidden [S, D]."""
         ...
 
-    def kv_shapes(self, num_pages: int, page_size: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        """Per layer, the shapes of its k and its v pages."""
+    def kv_shapes(self, num_pages: int, page_size: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...] | None], ...]:
+        """Per layer, the shapes of its k and its v pages; None where it has none."""
         ...
 
 

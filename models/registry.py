@@ -22,6 +22,8 @@ _MODELS: dict[str, str | type] = {
     "BaichuanForCausalLM": "jaxllm.models.baichuan:BaichuanForCausalLM",
     "ChatGLMForConditionalGeneration": "jaxllm.models.chatglm:ChatGLMModel",
     "ChatGLMModel": "jaxllm.models.chatglm:ChatGLMModel",
+    "DeepseekV2ForCausalLM": "jaxllm.models.deepseek:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": "jaxllm.models.deepseek:DeepseekV3ForCausalLM",
     "GPT2LMHeadModel": "jaxllm.models.gpt2:GPT2LMHeadModel",
     "Gemma2ForCausalLM": "jaxllm.models.gemma:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "jaxllm.models.gemma:Gemma3ForCausalLM",

@@ -37,18 +37,29 @@ def paged_attention(
     attend = dict(scale=scale, window=window, soft_cap=soft_cap, alibi_slopes=alibi_slopes)
     k_pages, v_pages = kv_write(kv.k, kv.v, k.astype(kv.k.dtype), v.astype(kv.v.dtype), batch.slots)
     kv = LayerKV(k_pages, v_pages)
-    if batch.decode_only:
-        return paged_decode(q, *kv, batch.page_table, batch.kv_lens, **attend), kv
+    out = by_phase(
+        q,
+        batch,
+        decode=lambda q, *rows: paged_decode(q, *kv, *rows, **attend),
+        prefill=lambda q, *rows: ragged_prefill(q, *kv, *rows, **attend),
+    )
+    return out, kv
 
+
+def by_phase(
+    q: jax.Array, batch: StepBatch, *, decode: Callable[..., jax.Array], prefill: Callable[..., jax.Array]
+) -> jax.Array:
+    """Attention of q [T, N, H]: `decode`(q, page_table, kv_lens) for the decode rows, `prefill`(q, page_table, kv_lens,
+    query_starts) for the others."""
+    if batch.decode_only:
+        return decode(q, batch.page_table, batch.kv_lens)
     # Decode rows come first with one token each, so they start where they would in a decode-only batch. Each kernel
     # is told that the other's rows are empty. (There are at most T of them, should T be less than S.)
     rows = min(batch.kv_lens.shape[0], q.shape[0])
     is_decode = jnp.arange(rows, dtype=jnp.int32) < batch.num_decodes
-    decode_lens = jnp.where(is_decode, batch.kv_lens[:rows], 0)
-    decoded = paged_decode(q[:rows], *kv, batch.page_table[:rows], decode_lens, **attend)
-    prefill_starts = jnp.maximum(batch.query_starts, batch.num_decodes)
-    out = ragged_prefill(q, *kv, batch.page_table, batch.kv_lens, prefill_starts, **attend)
-    return out.at[:rows].set(jnp.where(is_decode[:, None, None], decoded, out[:rows])), kv
+    decoded = decode(q[:rows], batch.page_table[:rows], jnp.where(is_decode, batch.kv_lens[:rows], 0))
+    out = prefill(q, batch.page_table, batch.kv_lens, jnp.maximum(batch.query_starts, batch.num_decodes))
+    return out.at[:rows].set(jnp.where(is_decode[:, None, None], decoded, out[:rows]))
 
 
 class Attention(nnx.Module):

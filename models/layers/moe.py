@@ -11,7 +11,20 @@ from flax import nnx
 from jaxllm.models.interface import StepBatch
 from jaxllm.models.layers.linear import Linear, grouped_matmul, matmul
 from jaxllm.models.layers.mlp import ACTIVATIONS, GatedMLP
-from jaxllm.models.layers.param import Initializer, param
+from jaxllm.models.layers.param import Initializer, param, zeros
+
+
+class Router(nnx.Module):
+    """Scores of a token for each expert, always in float32."""
+
+    def __init__(self, hidden_size: int, num_experts: int, *, correction: bool, dtype, initializer: Initializer):
+        self.weight = param((num_experts, hidden_size), dtype, (None, "embed"), initializer)
+        # DeepSeek-V3's, under its name there: see models/deepseek.py.
+        self.e_score_correction_bias = param((num_experts,), jnp.float32, (None,), zeros) if correction else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [T, D] -> float32 [T, E]."""
+        return matmul(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
 
 
 class StackedLinear(nnx.Module):
@@ -59,20 +72,21 @@ class MoE(nnx.Module):
         initializer: Initializer,
         shared_size: int = 0,
         shared_gate: bool = False,
+        correction: bool = False,
     ):
         """`normalize`: the weights of a token's experts add up to 1. `shared_size`: the width of an expert that every
-        token goes through, if any, with a gate of its own where `shared_gate` is true (Qwen2-MoE)."""
+        token goes through, if any, with a gate of its own where `shared_gate` is true (Qwen2-MoE). `correction`: the
+        router has a bias for choosing."""
         self.top_k, self.normalize = top_k, normalize
         options = dict(dtype=dtype, initializer=initializer)
-        self.gate = Linear(hidden_size, num_experts, axes=(None, "embed"), **options)
+        self.gate = Router(hidden_size, num_experts, correction=correction, **options)
         self.experts = Experts(num_experts, hidden_size, expert_size, act=act, **options)
         self.shared = GatedMLP(hidden_size, shared_size, act=act, bias=False, **options) if shared_size else None
         self.shared_gate = Linear(hidden_size, 1, axes=(None, "embed"), **options) if shared_gate else None
 
     def __call__(self, x: jax.Array, batch: StepBatch) -> jax.Array:
         """x [T, D] -> [T, D]. Zeros, besides the shared expert's part, for padding."""
-        logits = matmul(x.astype(jnp.float32), self.gate.weight[...].astype(jnp.float32))
-        weights, experts = self.route(logits)
+        weights, experts = self.route(self.gate(x))
         out = self._through_experts(x, weights, experts, batch)
         if self.shared is None:
             return out
