@@ -136,12 +136,14 @@ class ModelConfig:
         num_kv_heads = get.integer("num_key_value_heads", default=num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
-                f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}: "
+                f"{get.name('num_key_value_heads')}={num_kv_heads} must divide "
+                f"{get.name('num_attention_heads')}={num_heads}: "
                 "every KV head serves the same number of query heads"
             )
         if not get.has("head_dim") and hidden_size % num_heads:
             raise ValueError(
-                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads}, or head_dim be given"
+                f"{get.name('hidden_size')}={hidden_size} must be a multiple of "
+                f"{get.name('num_attention_heads')}={num_heads}, or {get.name('head_dim')} be given"
             )
         head_dim = get.integer("head_dim", default=hidden_size // num_heads)
         max_positions = get.integer("max_position_embeddings", default=2048)
@@ -175,15 +177,15 @@ class _Reader:
         self.config, self.where, self.names = config, where, names
 
     def has(self, key: str) -> bool:
-        return self.config.get(self._name(key)) is not None
+        return self.config.get(self.name(key)) is not None
 
-    def _name(self, key: str) -> str:
+    def name(self, key: str) -> str:
         """How the config spells a key: its family's way, or ours where the config has that alone."""
         own = self.names.get(key, key)
         return key if self.config.get(own) is None and self.config.get(key) is not None else own
 
     def _get(self, key: str, default) -> tuple[str, Any]:
-        name = self._name(key)
+        name = self.name(key)
         value = self.config.get(name)
         if value is None and default is None:
             raise ValueError(f"{self.where}{name} is missing from the model's config")

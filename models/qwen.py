@@ -105,9 +105,8 @@ class QWenRope:
 
     def __call__(self, positions: jax.Array, prompt_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """positions i32[T]; prompt_lens i32[T], of each token's request."""
-        doublings = sum((prompt_lens > limit).astype(jnp.int32) for limit in self.limits)
-        inv_freq = jnp.asarray(self.inv_freq)[doublings]
-        angles = positions.astype(jnp.float32)[:, None] * inv_freq
+        doublings = sum((prompt_lens > limit).astype(jnp.int32) for limit in self.limits) + jnp.zeros_like(prompt_lens)
+        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.inv_freq)[doublings]
         return jnp.cos(angles), jnp.sin(angles)
 
 

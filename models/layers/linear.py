@@ -1,7 +1,7 @@
 """Linear layers, and the only home of matrix products with weights: quantization and LoRA belong here.
 
 A weight has the checkpoint's orientation, [out, in], and is contracted on its last axis, so that loading transposes
-nothing.
+nothing (but GPT-2's).
 """
 
 from collections.abc import Mapping

@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path, config: dict, tensors: dict, **files) -> Path
     """config.json and the weights; `files` as in `write_tensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder, **files)
+    write_tensors({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, folder, **files)
     return folder
 
 
