@@ -189,6 +189,7 @@ class DeepseekLayer(SparseDecoderLayer):
 class DeepseekV2ForCausalLM(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "DeepSeek-V2, V2-Lite and V2.5; DeepSeek-Coder-V2"
     config_class: ClassVar = DeepseekV2Config
     layer_class: ClassVar = DeepseekLayer
     weight_names: ClassVar = (
@@ -215,6 +216,7 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "DeepSeek-V3 and V3.1; DeepSeek-R1"
     config_class: ClassVar = DeepseekV3Config
 
     def __init__(self, config: DeepseekConfig, dtype):

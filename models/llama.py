@@ -78,6 +78,7 @@ QK_NORM_NAMES = (
 class LlamaForCausalLM(nnx.Module):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "Llama 1, 2 and 3.x; Vicuna; Chinese-Alpaca-2; Yi; DeepSeek LLM; SmolLM2"
     layer_class: ClassVar = DecoderLayer
     weight_names: ClassVar = (
         ("model.embed_tokens", "embed"),
@@ -150,6 +151,7 @@ class MistralConfig(ModelConfig):
 class MistralForCausalLM(LlamaForCausalLM):
     """Mistral (Jiang et al. 2023): Llama with a sliding window in its first version."""
 
+    known_as: ClassVar = "Mistral 7B; Mistral Nemo; Mistral Small"
     config_class: ClassVar = MistralConfig
 
 
@@ -178,6 +180,7 @@ class Qwen2Config(ModelConfig):
 class Qwen2ForCausalLM(LlamaForCausalLM):
     """Qwen1.5, Qwen2 and Qwen2.5 (Qwen team 2024): biases on q, k and v; the later layers may have a window."""
 
+    known_as: ClassVar = "Qwen1.5; Qwen2; Qwen2.5; QwQ; DeepSeek-R1-Distill-Qwen"
     config_class: ClassVar = Qwen2Config
 
 
@@ -191,6 +194,7 @@ class Qwen3Config(Qwen2Config):
 class Qwen3ForCausalLM(LlamaForCausalLM):
     """Qwen3 (Qwen team 2025): each head's queries and keys are normed."""
 
+    known_as: ClassVar = "Qwen3"
     config_class: ClassVar = Qwen3Config
     weight_names: ClassVar = (*LlamaForCausalLM.weight_names, *QK_NORM_NAMES)
 
@@ -208,6 +212,7 @@ class Phi3Config(ModelConfig):
 class Phi3ForCausalLM(LlamaForCausalLM):
     """Phi-3, Phi-3.5 and Phi-4 (Abdin et al. 2024): fused projections, a window, LongRoPE."""
 
+    known_as: ClassVar = "Phi-3; Phi-3.5-mini; Phi-4; Phi-4-mini"
     config_class: ClassVar = Phi3Config
     weight_names: ClassVar = (
         ("model.embed_tokens", "embed"),

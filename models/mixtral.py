@@ -131,6 +131,7 @@ class MixtralLayer(SparseDecoderLayer):
 class MixtralForCausalLM(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "Mixtral 8x7B and 8x22B"
     config_class: ClassVar = MixtralConfig
     layer_class: ClassVar = MixtralLayer
     weight_names: ClassVar = (
@@ -153,6 +154,7 @@ EXPERT_NAMES = (
 class Qwen2MoeForCausalLM(MixtralForCausalLM):
     """Qwen1.5-MoE and Qwen2-57B-A14B: small experts, and a shared one with a gate."""
 
+    known_as: ClassVar = "Qwen1.5-MoE; Qwen2-57B-A14B"
     config_class: ClassVar = Qwen2MoeConfig
     weight_names: ClassVar = (
         *LlamaForCausalLM.weight_names,
@@ -167,5 +169,6 @@ class Qwen2MoeForCausalLM(MixtralForCausalLM):
 class Qwen3MoeForCausalLM(MixtralForCausalLM):
     """Qwen3-30B-A3B and Qwen3-235B-A22B: Qwen3 with 128 small experts."""
 
+    known_as: ClassVar = "Qwen3-30B-A3B; Qwen3-235B-A22B; Qwen3-Coder"
     config_class: ClassVar = Qwen3MoeConfig
     weight_names: ClassVar = (*LlamaForCausalLM.weight_names, *EXPERT_NAMES, *QK_NORM_NAMES)
