@@ -166,9 +166,8 @@ class DeepseekMoE(MoE):
 
 
 class DeepseekLayer(SparseDecoderLayer):
-    def __init__(self, config: DeepseekConfig, dtype, layer: int):
-        super().__init__(config, dtype, layer)
-        self.attention = LatentAttention(
+    def make_attention(self, config: DeepseekConfig, dtype, layer: int) -> LatentAttention:
+        return LatentAttention(
             config.hidden_size,
             config.num_attention_heads,
             latent_size=config.latent_size,
@@ -182,8 +181,9 @@ class DeepseekLayer(SparseDecoderLayer):
             dtype=dtype,
             initializer=normal(config.initializer_range),
         )
-        if layer not in config.dense_layers:
-            self.mlp = DeepseekMoE(config, dtype)
+
+    def make_experts(self, config: DeepseekConfig, dtype) -> DeepseekMoE:
+        return DeepseekMoE(config, dtype)
 
 
 class DeepseekV2ForCausalLM(LlamaForCausalLM):

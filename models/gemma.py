@@ -63,7 +63,7 @@ class GemmaConfig(ModelConfig):
 
 
 def _soft_cap(get, key: str, config: Mapping[str, Any]) -> float | None:
-    if key in config and config[key] is None:
+    if key in config and config[key] is None:  # which is not the family's default, as an absent key is
         return None
     cap = get.number(key, default=0.0)
     return cap or None

@@ -29,10 +29,13 @@ class DecoderLayer(nnx.Module):
     attention_class: ClassVar = Attention
 
     def __init__(self, config: ModelConfig, dtype, layer: int):
-        initializer = normal(config.initializer_range)
-        norm = functools.partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype)
-        self.attention_norm = norm(config.hidden_size)
-        self.attention = self.attention_class(
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention = self.make_attention(config, dtype, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = self.make_mlp(config, dtype, layer)
+
+    def make_attention(self, config: ModelConfig, dtype, layer: int) -> nnx.Module:
+        return self.attention_class(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -40,20 +43,23 @@ class DecoderLayer(nnx.Module):
             qkv_bias=config.attention_bias,
             out_bias=config.attention_out_bias,
             dtype=dtype,
-            initializer=initializer,
+            initializer=normal(config.initializer_range),
             interleaved_rope=config.rope is not None and config.rope.interleaved,
             alibi=config.alibi,
             window=config.window(layer),
-            norm=functools.partial(norm, axis=None) if config.qk_norm else None,
+            norm=functools.partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype, axis=None)
+            if config.qk_norm
+            else None,
         )
-        self.mlp_norm = norm(config.hidden_size)
-        self.mlp = GatedMLP(
+
+    def make_mlp(self, config: ModelConfig, dtype, layer: int) -> nnx.Module:
+        return GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             act=config.hidden_act,
             bias=config.mlp_bias,
             dtype=dtype,
-            initializer=initializer,
+            initializer=normal(config.initializer_range),
         )
 
     def __call__(
