@@ -125,8 +125,8 @@ class QWenAttention(Attention):
 class QWenLayer(DecoderLayer):
     attention_class: ClassVar = QWenAttention
 
-    def __init__(self, config: QWenConfig, dtype):
-        super().__init__(config, dtype)
+    def __init__(self, config: QWenConfig, dtype, layer: int):
+        super().__init__(config, dtype, layer)
         if config.logn_attention:
             self.attention.logn_from = config.rope.max_positions
 
@@ -134,6 +134,7 @@ class QWenLayer(DecoderLayer):
 class QWenLMHeadModel(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "Qwen (the first version)"
     config_class: ClassVar = QWenConfig
     layer_class: ClassVar = QWenLayer
     weight_names: ClassVar = (

@@ -22,11 +22,23 @@ _MODELS: dict[str, str | type] = {
     "BaichuanForCausalLM": "jaxllm.models.baichuan:BaichuanForCausalLM",
     "ChatGLMForConditionalGeneration": "jaxllm.models.chatglm:ChatGLMModel",
     "ChatGLMModel": "jaxllm.models.chatglm:ChatGLMModel",
+    "DeepseekV2ForCausalLM": "jaxllm.models.deepseek:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": "jaxllm.models.deepseek:DeepseekV3ForCausalLM",
     "GPT2LMHeadModel": "jaxllm.models.gpt2:GPT2LMHeadModel",
+    "Gemma2ForCausalLM": "jaxllm.models.gemma:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "jaxllm.models.gemma:Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration": "jaxllm.models.gemma:Gemma3ForConditionalGeneration",
     "GlmForCausalLM": "jaxllm.models.chatglm:GlmForCausalLM",
     "LlamaForCausalLM": "jaxllm.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "jaxllm.models.llama:MistralForCausalLM",
+    "MixtralForCausalLM": "jaxllm.models.mixtral:MixtralForCausalLM",
     "OPTForCausalLM": "jaxllm.models.opt:OPTForCausalLM",
+    "Phi3ForCausalLM": "jaxllm.models.llama:Phi3ForCausalLM",
     "QWenLMHeadModel": "jaxllm.models.qwen:QWenLMHeadModel",
+    "Qwen2ForCausalLM": "jaxllm.models.llama:Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM": "jaxllm.models.mixtral:Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM": "jaxllm.models.llama:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "jaxllm.models.mixtral:Qwen3MoeForCausalLM",
     "RunningSumForTesting": "jaxllm.models.testing:RunningSumForTesting",
     "TinyllmForCausalLM": "jaxllm.models.tinyllm:TinyllmForCausalLM",
 }
@@ -50,6 +62,11 @@ def register_model(architecture: str, target: str | type, *, replace: bool = Fal
 def supported_architectures() -> list[str]:
     """The names that `build` accepts, sorted."""
     return sorted(_targets())
+
+
+def model_names() -> dict[str, str]:
+    """Each architecture -> the models that people know by it, as its class says in `known_as`; "" where it doesn't."""
+    return {name: getattr(model_class(name), "known_as", "") for name in supported_architectures()}
 
 
 def model_class(architecture: str) -> type:

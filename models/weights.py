@@ -37,7 +37,8 @@ TRANSFORMS = {"transposed": np.transpose, "unit_rows": _unit_rows}
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one of the checkpoint's tensors goes: rows start : start + shape[0] of a parameter."""
+    """Where one of the checkpoint's tensors goes: rows start : start + shape[0] of a parameter (of a stacked one, with
+    its matrices one below the other)."""
 
     path: ParamPath
     start: int
@@ -48,6 +49,10 @@ class Slot:
     def file_shape(self) -> tuple[int, ...]:
         """The shape of the checkpoint's tensor."""
         return self.shape[::-1] if self.transform == "transposed" else self.shape
+
+    def rows(self, weight: np.ndarray) -> np.ndarray:
+        """The view of the parameter that the tensor fills."""
+        return weight.reshape(-1, *self.shape[1:])[self.start : self.start + self.shape[0]]
 
     def transformed(self, values: np.ndarray) -> np.ndarray:
         return TRANSFORMS[self.transform](values) if self.transform else values
@@ -114,7 +119,7 @@ def save_checkpoint(network: Network, params: Params, folder: str | Path) -> Pat
 
 
 def _as_saved(slot: Slot, weight: np.ndarray) -> np.ndarray:
-    values = slot.transformed(weight[slot.start : slot.start + slot.shape[0]])
+    values = slot.transformed(slot.rows(weight))
     return np.ascontiguousarray(values.astype(weight.dtype, copy=False))
 
 
@@ -122,27 +127,31 @@ def checkpoint_slots(network: Network) -> dict[str, Slot]:
     """The checkpoint's name of each tensor that the network needs -> where it goes."""
     slots = {}
     for path, spec in network.specs.items():
-        names = _checkpoint_names(network.weight_names, path)
-        start = 0
-        # A merged weight is merged already in checkpoints whose row for it names no part.
-        for part, size in spec.parts if spec.parts and None not in names else ((None, spec.shape[0]),):
-            if part not in names:
-                raise ValueError(f"weight_names of {network.config.architecture} has no row for {path}, part {part!r}")
-            name, transform = names[part]
-            slots[name] = Slot(path, start, (size, *spec.shape[1:]), transform if len(spec.shape) > 1 else None)
-            start += size
+        start, shape = 0, spec.shape[1:] if spec.stacked else spec.shape
+        for expert in range(spec.shape[0] if spec.stacked else 1):
+            names = _checkpoint_names(network.weight_names, path, expert)
+            # A merged weight is merged already in checkpoints whose row for it names no part.
+            for part, size in spec.parts if spec.parts and None not in names else ((None, shape[0]),):
+                if part not in names:
+                    raise ValueError(
+                        f"weight_names of {network.config.architecture} has no row for {path}, part {part!r}"
+                    )
+                name, transform = names[part]
+                slots[name] = Slot(path, start, (size, *shape[1:]), transform if len(shape) > 1 else None)
+                start += size
     return slots
 
 
-def _checkpoint_names(weight_names: tuple, path: ParamPath) -> dict[str | None, tuple[str, str | None]]:
-    """A parameter's part (None: all of it) -> the checkpoint's name and the transform, from the model's table."""
+def _checkpoint_names(weight_names: tuple, path: ParamPath, expert: int) -> dict[str | None, tuple[str, str | None]]:
+    """A parameter's part (None: all of it) -> the checkpoint's name and the transform, from the model's table. `expert`
+    is which matrix of a stacked weight."""
     module, leaf = ".".join(path[:-1]), path[-1]
     names = {}
     for theirs, ours, *rest in weight_names:
         match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
         if match:
             part, transform = (*rest, None, None)[:2]
-            names[part] = (f"{theirs.format(*match.groups())}.{leaf}", transform)
+            names[part] = (f"{theirs.format(*match.groups(), expert)}.{leaf}", transform)
     return names
 
 
@@ -174,7 +183,7 @@ def _stream(
             continue
         if slot.path not in merging:
             merging[slot.path] = np.empty(spec.shape, spec.dtype)
-        merging[slot.path][slot.start : slot.start + slot.shape[0]] = slot.transformed(tensor.read())
+        slot.rows(merging[slot.path])[...] = slot.transformed(tensor.read())
         waiting[slot.path] -= 1
         if not waiting[slot.path]:
             yield slot.path, merging.pop(slot.path)

@@ -18,14 +18,22 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
 
     Float32 operands are multiplied as float32: on a GPU the default would round them to TF32 first.
     """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x,
         weight,
         dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
-        precision=precision,
+        precision=_precision(x),
         preferred_element_type=jnp.dtype(out_dtype or x.dtype),
     )
+
+
+def _precision(x: jax.Array):
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def per_head(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, N, in], each head times its own matrix of weight [N, in, out] -> [T, N, out]. Precision as in `matmul`."""
+    return jnp.einsum("tni,nio->tno", x, weight, precision=_precision(x))
 
 
 class Linear(nnx.Module):
