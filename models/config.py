@@ -6,10 +6,13 @@ key, the value and what is allowed.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.models.layers.mlp import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from jaxllm.models.quantization import Quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -80,6 +83,7 @@ class ModelConfig:
     initializer_range: float  # standard deviation of random weights
     rope: RopeConfig
     dtype: str  # the checkpoint's: what dtype "auto" means
+    quantization: "Quantization | None" = field(default=None, kw_only=True)  # set by registry.read_config
 
     @property
     def max_model_len(self) -> int:
@@ -95,7 +99,6 @@ class ModelConfig:
         Raises: ValueError naming the key, its value and what is allowed.
         """
         get = _Reader(config)
-        _refuse_unsupported(config)
         hidden_size = get.integer("hidden_size")
         num_heads = get.integer("num_attention_heads")
         num_kv_heads = get.integer("num_key_value_heads", default=num_heads)
@@ -188,16 +191,6 @@ def _dtype(config: Mapping[str, Any]) -> str:
     if name not in DTYPES:
         raise ValueError(f"{key}={value!r} is not supported; allowed: {', '.join(DTYPES)}")
     return name
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(
-            f"quantization_config.quant_method={method!r}: quantized checkpoints are not supported; "
-            "use the model's float32, bfloat16 or float16 checkpoint"
-        )
 
 
 def _rope_from_hf(config: Mapping[str, Any], head_dim: int) -> RopeConfig:

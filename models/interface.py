@@ -8,6 +8,7 @@ V vocabulary.
 """
 
 import functools
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,9 +92,10 @@ class Network:
     tracing, so a step costs no walk through module objects.
     """
 
-    def __init__(self, module: nnx.Module, config: ModelConfig, dtype: jnp.dtype):
+    def __init__(self, module: nnx.Module, config: ModelConfig, dtype: jnp.dtype, packed: Mapping | None = None):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.packed = packed or {}  # see quantization.apply.quantize_linears
         self.weight_names = module.weight_names
         self.ignored_weights = module.ignored_weights
         self.kv_shapes = module.kv_shapes
@@ -135,6 +137,17 @@ class Network:
     def _merge(self, params: Params) -> Any:
         flat = flatten_dict(params)
         return nnx.merge(self._graph, nnx.from_flat_state([(key, flat[path]) for path, key in self._keys.items()]))
+
+
+def checkpoint_names(weight_names: tuple[tuple[str, ...], ...], path: tuple[str, ...]) -> dict[str | None, str]:
+    """A parameter's part (None: all of it) -> the checkpoint's name, from the model's table `weight_names`."""
+    module, leaf = ".".join(path[:-1]), path[-1]
+    names = {}
+    for theirs, ours, *part in weight_names:
+        match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
+        if match:
+            names[part[0] if part else None] = f"{theirs.format(*match.groups())}.{leaf}"
+    return names
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
