@@ -332,8 +332,8 @@ class LLMEngine:
 
     def _cache_salt(self, prompt_len: int) -> str:
         """Keeps prompts apart whose KV differs although they begin alike (dynamic rope)."""
-        rope = self.runner.network.config.rope
-        return f"prompt of {prompt_len}" if rope.kv_depends_on_prompt_len(prompt_len) else ""
+        config = self.runner.network.config
+        return f"prompt of {prompt_len}" if config.kv_depends_on_prompt_len(prompt_len) else ""
 
     def _seed(self, params: SamplingParams, index: int) -> int:
         """The request's own seed, else one of the engine's; each of n answers has its own."""

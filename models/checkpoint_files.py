@@ -115,7 +115,9 @@ def _safetensors(file: Path) -> list[CheckpointTensor]:
 def _safetensors_entry(file: Path, name: str, entry: dict, data_start: int) -> CheckpointTensor:
     if entry["dtype"] not in _SAFETENSORS_DTYPES:
         allowed = ", ".join(_SAFETENSORS_DTYPES)
-        raise CheckpointError(f"{name} in {file} has dtype {entry['dtype']}, which is not supported; allowed: {allowed}")
+        raise CheckpointError(
+            f"{name} in {file} has dtype {entry['dtype']}, which is not supported; allowed: {allowed}"
+        )
     dtype, shape = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
     reader = _MappedReader(file, data_start + entry["data_offsets"][0], shape, dtype)
     return CheckpointTensor(name, file, shape, dtype.name, reader)
@@ -144,6 +146,8 @@ def _torch(file: Path) -> list[CheckpointTensor]:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return [
-        CheckpointTensor(name, file, tensor.shape, tensor.storage.dtype.name, partial(torch_pickle.read_tensor, file, tensor))
+        CheckpointTensor(
+            name, file, tensor.shape, tensor.storage.dtype.name, partial(torch_pickle.read_tensor, file, tensor)
+        )
         for name, tensor in index.items()
     ]

@@ -7,7 +7,8 @@ key, the value and what is allowed.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxllm.models.layers.mlp import ACTIVATIONS
 
@@ -55,6 +56,7 @@ class RopeConfig:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
+    interleaved: bool = False  # pairs are neighbours (2i, 2i + 1), as in RoFormer and GLM; else halves apart
 
     def kv_depends_on_prompt_len(self, prompt_len: int) -> bool:
         """Whether prompts of this length have keys that prompts of other lengths, but equal beginnings, don't have."""
@@ -63,7 +65,13 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of one checkpoint, under the names that config.json gives them."""
+    """The architecture of one checkpoint, under the names that config.json gives them.
+
+    A family with names of its own gives them in `names`, ours -> its. What its keys mean beyond that is for an override
+    of `from_hf`.
+    """
+
+    names: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     architecture: str
     vocab_size: int  # V
@@ -81,16 +89,28 @@ class ModelConfig:
     attention_out_bias: bool  # of the projection after attention
     mlp_bias: bool
     initializer_range: float  # standard deviation of random weights
-    rope: RopeConfig
+    rope: RopeConfig | None  # None: positions are not rotated in
     dtype: str  # the checkpoint's: what dtype "auto" means
+    alibi: bool = False  # attention scores fall with the distance (ALiBi)
     quantization: "Quantization | None" = field(default=None, kw_only=True)  # set by registry.read_config
 
     @property
     def max_model_len(self) -> int:
         """The longest sequence: rope types that stretch the trained length by a factor may leave it out of
         max_position_embeddings; llama3's is always in it."""
+        if self.rope is None:
+            return self.max_position_embeddings
         stretched = 0 if self.rope.rope_type == "llama3" else int(self.rope.max_positions * self.rope.factor)
         return max(self.max_position_embeddings, stretched)
+
+    def kv_depends_on_prompt_len(self, prompt_len: int) -> bool:
+        """See RopeConfig."""
+        return self.rope is not None and self.rope.kv_depends_on_prompt_len(prompt_len)
+
+    @classmethod
+    def reader(cls, config: Mapping[str, Any]) -> "_Reader":
+        """Checked reads from config.json, under our names or the family's."""
+        return _Reader(config, names=cls.names)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -98,7 +118,7 @@ class ModelConfig:
 
         Raises: ValueError naming the key, its value and what is allowed.
         """
-        get = _Reader(config)
+        get = cls.reader(config)
         hidden_size = get.integer("hidden_size")
         num_heads = get.integer("num_attention_heads")
         num_kv_heads = get.integer("num_key_value_heads", default=num_heads)
@@ -107,11 +127,12 @@ class ModelConfig:
                 f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}: "
                 "every KV head serves the same number of query heads"
             )
-        if config.get("head_dim") is None and hidden_size % num_heads:
+        if not get.has("head_dim") and hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads}, or head_dim be given"
             )
         head_dim = get.integer("head_dim", default=hidden_size // num_heads)
+        max_positions = get.integer("max_position_embeddings", default=2048)
         attention_bias = get.boolean("attention_bias", default=False)
         return cls(
             architecture=architecture_of(config),
@@ -124,51 +145,60 @@ class ModelConfig:
             head_dim=head_dim,
             hidden_act=get.choice("hidden_act", ACTIVATIONS, default="silu"),
             rms_norm_eps=get.number("rms_norm_eps", default=1e-6),
-            max_position_embeddings=get.integer("max_position_embeddings", default=2048),
+            max_position_embeddings=max_positions,
             tie_word_embeddings=get.boolean("tie_word_embeddings", default=False),
             attention_bias=attention_bias,
             attention_out_bias=get.boolean("attention_out_bias", default=attention_bias),
             mlp_bias=get.boolean("mlp_bias", default=False),
             initializer_range=get.number("initializer_range", default=0.02),
-            rope=_rope_from_hf(config, head_dim),
+            rope=_rope_from_hf(config, head_dim, max_positions),
             dtype=_dtype(config),
         )
 
 
 class _Reader:
-    """Checked reads from a dict. A key whose value is null counts as absent."""
+    """Checked reads from a dict. A key whose value is null counts as absent. `names`: our key -> the dict's own."""
 
-    def __init__(self, config: Mapping[str, Any], where: str = ""):
-        self.config, self.where = config, where
+    def __init__(self, config: Mapping[str, Any], where: str = "", names: Mapping[str, str] = ModelConfig.names):
+        self.config, self.where, self.names = config, where, names
 
-    def _get(self, key: str, default):
-        value = self.config.get(key)
+    def has(self, key: str) -> bool:
+        return self.config.get(self._name(key)) is not None
+
+    def _name(self, key: str) -> str:
+        """How the config spells a key: its family's way, or ours where the config has that alone."""
+        own = self.names.get(key, key)
+        return key if self.config.get(own) is None and self.config.get(key) is not None else own
+
+    def _get(self, key: str, default) -> tuple[str, Any]:
+        name = self._name(key)
+        value = self.config.get(name)
         if value is None and default is None:
-            raise ValueError(f"{self.where}{key} is missing from the model's config")
-        return default if value is None else value
+            raise ValueError(f"{self.where}{name} is missing from the model's config")
+        return f"{self.where}{name}", default if value is None else value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
+        name, value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{self.where}{key}={value!r} must be an integer >= 1")
+            raise ValueError(f"{name}={value!r} must be an integer >= 1")
         return value
 
     def number(self, key: str, default: float | None = None, minimum: float = 0.0) -> float:
-        value = self._get(key, default)
+        name, value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
-            raise ValueError(f"{self.where}{key}={value!r} must be a finite number >= {minimum}")
+            raise ValueError(f"{name}={value!r} must be a finite number >= {minimum}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
+        name, value = self._get(key, default)
         if not isinstance(value, bool):
-            raise ValueError(f"{self.where}{key}={value!r} must be true or false")
+            raise ValueError(f"{name}={value!r} must be true or false")
         return value
 
-    def choice(self, key: str, allowed, default: str) -> str:
-        value = self._get(key, default)
+    def choice(self, key: str, allowed, default):
+        name, value = self._get(key, default)
         if value not in allowed:
-            raise ValueError(f"{self.where}{key}={value!r} is not supported; allowed: {', '.join(allowed)}")
+            raise ValueError(f"{name}={value!r} is not supported; allowed: {', '.join(map(str, allowed))}")
         return value
 
 
@@ -193,7 +223,7 @@ def _dtype(config: Mapping[str, Any]) -> str:
     return name
 
 
-def _rope_from_hf(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
+def _rope_from_hf(config: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
     where, settings = _rope_settings(config)
     get = _Reader(settings, where)
     rope_type = settings.get("rope_type") or settings.get("type") or "default"
@@ -208,7 +238,6 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
             f"it must be an even number from 2 to head_dim"
         )
     common = {"rope_type": rope_type, "theta": get.number("rope_theta", default=10000.0), "rotary_dim": rotary_dim}
-    max_positions = _Reader(config).integer("max_position_embeddings", default=2048)
     if rope_type in ("default", "linear", "dynamic"):
         factor = get.number("factor", default=1.0, minimum=1.0) if rope_type != "default" else 1.0
         if rope_type == "dynamic" and rotary_dim < 4:

@@ -62,12 +62,14 @@ class Model(Protocol):
     """What the registry builds: an NNX module whose weights are declared with `layers.param.param`.
 
     `weight_names` maps a checkpoint's names to ours, one row per module: `(checkpoint name, our path)` or
-    `(checkpoint name, our path, part of a merged weight)`. `{}` stands for a layer's number, and the last word
-    ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
+    `(checkpoint name, our path, part of a merged weight)`, and after the part (None: all of it) what is done to the
+    values, one of `weights.TRANSFORMS`. `{}` stands for a layer's number, and the last word ("weight", "bias") is
+    carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
+    `optional_prefixes`, where a family has them, begin names that some of its checkpoints give without.
     A family whose config.json has keys of its own names a subclass of ModelConfig in `config_class`.
     """
 
-    weight_names: ClassVar[tuple[tuple[str, ...], ...]]
+    weight_names: ClassVar[tuple[tuple[str | None, ...], ...]]
     ignored_weights: tuple[str, ...]
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype): ...
@@ -98,6 +100,7 @@ class Network:
         self.packed = packed or {}  # see quantization.apply.quantize_linears
         self.weight_names = module.weight_names
         self.ignored_weights = module.ignored_weights
+        self.optional_prefixes: tuple[str, ...] = getattr(module, "optional_prefixes", ())
         self.kv_shapes = module.kv_shapes
         self._graph, state = nnx.split(module)
         # NNX keys the items of a list by int; the public tree has strings alone.
@@ -139,14 +142,15 @@ class Network:
         return nnx.merge(self._graph, nnx.from_flat_state([(key, flat[path]) for path, key in self._keys.items()]))
 
 
-def checkpoint_names(weight_names: tuple[tuple[str, ...], ...], path: tuple[str, ...]) -> dict[str | None, str]:
-    """A parameter's part (None: all of it) -> the checkpoint's name, from the model's table `weight_names`."""
+def checkpoint_names(weight_names: tuple, path: tuple[str, ...]) -> dict[str | None, tuple[str, str | None]]:
+    """A parameter's part (None: all of it) -> the checkpoint's name and the transform, from a model's `weight_names`."""
     module, leaf = ".".join(path[:-1]), path[-1]
     names = {}
-    for theirs, ours, *part in weight_names:
+    for theirs, ours, *rest in weight_names:
         match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
         if match:
-            names[part[0] if part else None] = f"{theirs.format(*match.groups())}.{leaf}"
+            part, transform = (*rest, None, None)[:2]
+            names[part] = (f"{theirs.format(*match.groups())}.{leaf}", transform)
     return names
 
 

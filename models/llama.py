@@ -18,10 +18,12 @@ from jaxllm.models.layers.rope import Rope, sequence_lengths
 
 
 class DecoderLayer(nnx.Module):
+    attention_class: ClassVar = Attention
+
     def __init__(self, config: ModelConfig, dtype):
         initializer = normal(config.initializer_range)
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.attention = Attention(
+        self.attention = self.attention_class(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -30,6 +32,8 @@ class DecoderLayer(nnx.Module):
             out_bias=config.attention_out_bias,
             dtype=dtype,
             initializer=initializer,
+            interleaved_rope=config.rope is not None and config.rope.interleaved,
+            alibi=config.alibi,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = GatedMLP(
@@ -42,7 +46,7 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, kv: LayerKV, batch: StepBatch
+        self, x: jax.Array, cos: jax.Array | None, sin: jax.Array | None, kv: LayerKV, batch: StepBatch
     ) -> tuple[jax.Array, LayerKV]:
         """x [T, D] -> ([T, D], kv with this step's tokens)."""
         attended, kv = self.attention(self.attention_norm(x), cos, sin, kv, batch)
@@ -53,6 +57,7 @@ class DecoderLayer(nnx.Module):
 class LlamaForCausalLM(nnx.Module):
     """A `Model` (see interface.py)."""
 
+    layer_class: ClassVar = DecoderLayer
     weight_names: ClassVar = (
         ("model.embed_tokens", "embed"),
         ("model.layers.{}.input_layernorm", "layers.{}.attention_norm"),
@@ -74,9 +79,9 @@ class LlamaForCausalLM(nnx.Module):
         self.ignored_weights = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
         initializer = normal(config.initializer_range)
         self.embed = Embed(config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer)
-        self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([self.layer_class(config, dtype) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.rope = Rope(config.rope)
+        self.rope = None if config.rope is None else Rope(config.rope)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -88,12 +93,18 @@ class LlamaForCausalLM(nnx.Module):
     def __call__(self, kv: KVPages, batch: StepBatch) -> tuple[jax.Array, KVPages]:
         """Hidden states [T, D] after the last norm, and the pages with this step's KV."""
         x = self.embed(batch.token_ids)
-        cos, sin = self.rope(batch.positions, sequence_lengths(batch.positions, batch.prompt_lens, batch.seq_ids))
+        cos, sin = self.rotations(batch)
         new_kv = []
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, layer_kv = layer(x, cos, sin, layer_kv, batch)
             new_kv.append(layer_kv)
         return self.norm(x), tuple(new_kv)
+
+    def rotations(self, batch: StepBatch) -> tuple[jax.Array | None, jax.Array | None]:
+        """(cos, sin) of each token, [T, rotary_dim / 2]; (None, None) for a model that does not rotate."""
+        if self.rope is None:
+            return None, None
+        return self.rope(batch.positions, sequence_lengths(batch.positions, batch.prompt_lens, batch.seq_ids))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [S, D] -> float32 [S, V]."""

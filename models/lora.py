@@ -179,9 +179,7 @@ def _sorted_out(
     return deltas, replaced, problems
 
 
-def _misfit_of_pair(
-    config: AdapterConfig, layer: str, a: CheckpointTensor, b: CheckpointTensor | None
-) -> str | None:
+def _misfit_of_pair(config: AdapterConfig, layer: str, a: CheckpointTensor, b: CheckpointTensor | None) -> str | None:
     rank = config.rank_of(layer)
     if b is None:
         return f"{a.name}: the tensor B that belongs to it is missing"
@@ -251,7 +249,9 @@ def _number(values: Mapping[str, Any], key: str, kind: type) -> Any:
     value = values.get(key)
     accepted = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, accepted) or value <= 0:
-        raise ValueError(f"adapter_config.json: {key}={value!r} must be {'an integer' if kind is int else 'a number'} > 0")
+        raise ValueError(
+            f"adapter_config.json: {key}={value!r} must be {'an integer' if kind is int else 'a number'} > 0"
+        )
     return kind(value)
 
 
@@ -259,7 +259,9 @@ def _targets(value: Any) -> tuple[str, ...] | str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"adapter_config.json: target_modules={value!r} must be a list of names or a regular expression")
+        raise ValueError(
+            f"adapter_config.json: target_modules={value!r} must be a list of names or a regular expression"
+        )
     return tuple(value)
 
 

@@ -21,8 +21,17 @@ from jaxllm.models.quantization.apply import quantize_linears
 ENTRY_POINT_GROUP = "jaxllm.models"
 
 _MODELS: dict[str, str | type] = {
+    "BaiChuanForCausalLM": "jaxllm.models.baichuan:BaichuanForCausalLM",  # the first 7B alone has the second capital
+    "BaichuanForCausalLM": "jaxllm.models.baichuan:BaichuanForCausalLM",
+    "ChatGLMForConditionalGeneration": "jaxllm.models.chatglm:ChatGLMModel",
+    "ChatGLMModel": "jaxllm.models.chatglm:ChatGLMModel",
+    "GPT2LMHeadModel": "jaxllm.models.gpt2:GPT2LMHeadModel",
+    "GlmForCausalLM": "jaxllm.models.chatglm:GlmForCausalLM",
     "LlamaForCausalLM": "jaxllm.models.llama:LlamaForCausalLM",
+    "OPTForCausalLM": "jaxllm.models.opt:OPTForCausalLM",
+    "QWenLMHeadModel": "jaxllm.models.qwen:QWenLMHeadModel",
     "RunningSumForTesting": "jaxllm.models.testing:RunningSumForTesting",
+    "TinyllmForCausalLM": "jaxllm.models.tinyllm:TinyllmForCausalLM",
 }
 
 

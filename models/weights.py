@@ -6,7 +6,7 @@ missing, unused or of another shape is proven from the files' headers, before an
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,17 @@ ParamPath = tuple[str, ...]  # ("layers", "0", "attention", "qkv", "weight")
 _THREADS = 4  # a copy in each: one alone does not keep a GPU's link busy
 
 
+def _unit_rows(matrix: np.ndarray) -> np.ndarray:
+    """[rows, columns], each row divided by its Euclidean norm, in float32."""
+    matrix = matrix.astype(np.float32)
+    norms = np.sqrt(np.einsum("ij,ij->i", matrix, matrix))
+    return matrix / np.maximum(norms, 1e-12)[:, None]
+
+
+# What a row of `weight_names` may ask for. Each, applied to its own result, gives a checkpoint's tensor again.
+TRANSFORMS = {"transposed": np.transpose, "unit_rows": _unit_rows}
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where one of the checkpoint's tensors goes: rows start : start + shape[0] of a parameter."""
@@ -36,6 +47,15 @@ class Slot:
     path: ParamPath
     start: int
     shape: tuple[int, ...]
+    transform: str | None = None
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of the checkpoint's tensor."""
+        return self.shape[::-1] if self.transform == "transposed" else self.shape
+
+    def transformed(self, values: np.ndarray) -> np.ndarray:
+        return TRANSFORMS[self.transform](values) if self.transform else values
 
 
 def load_params(
@@ -59,12 +79,14 @@ def load_params(
     Raises: CheckpointError with all problems in one message: tensors missing, unused or of a wrong shape; or missing
       shards; or a damaged file, with what to do about it.
     """
-    tensors = list_tensors(Path(folder))
+    slots = checkpoint_slots(network)
+    tensors = _fully_named(network, slots, list_tensors(Path(folder)))
     if adapter is not None:
         tensors = adapter.merged(tensors)
-    slots = checkpoint_slots(network)
     if network.config.quantization is not None:
-        tensors = with_floats(network.config.quantization, {name: slot.shape for name, slot in slots.items()}, tensors)
+        tensors = with_floats(
+            network.config.quantization, {name: slot.file_shape for name, slot in slots.items()}, tensors
+        )
     _raise_if(_problems_of_tensors(network, slots, tensors), f"{folder} does not fit {network.config.architecture}")
     targets = _targets(network, shardings)
 
@@ -117,14 +139,16 @@ def save_checkpoint(network: Network, params: Params, folder: str | Path) -> Pat
         raise ValueError("a quantized network cannot be saved: save the one that it was quantized from")
     check_params(network, params)
     flat = flatten_dict(params)
-    tensors = {
-        name: np.ascontiguousarray(np.asarray(flat[slot.path])[slot.start : slot.start + slot.shape[0]])
-        for name, slot in checkpoint_slots(network).items()
-    }
+    tensors = {name: _as_saved(slot, np.asarray(flat[slot.path])) for name, slot in checkpoint_slots(network).items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder / "model.safetensors"
+
+
+def _as_saved(slot: Slot, weight: np.ndarray) -> np.ndarray:
+    values = slot.transformed(weight[slot.start : slot.start + slot.shape[0]])
+    return np.ascontiguousarray(values.astype(weight.dtype, copy=False))
 
 
 def checkpoint_slots(network: Network) -> dict[str, Slot]:
@@ -135,12 +159,27 @@ def checkpoint_slots(network: Network) -> dict[str, Slot]:
             continue
         names = checkpoint_names(network.weight_names, path)
         start = 0
-        for part, size in spec.parts or ((None, spec.shape[0]),):
+        # A merged weight is merged already in checkpoints whose row for it names no part.
+        for part, size in spec.parts if spec.parts and None not in names else ((None, spec.shape[0]),):
             if part not in names:
                 raise ValueError(f"weight_names of {network.config.architecture} has no row for {path}, part {part!r}")
-            slots[names[part]] = Slot(path, start, (size, *spec.shape[1:]))
+            name, transform = names[part]
+            slots[name] = Slot(path, start, (size, *spec.shape[1:]), transform if len(spec.shape) > 1 else None)
             start += size
     return slots
+
+
+def _fully_named(
+    network: Network, slots: Mapping[str, Slot], tensors: list[CheckpointTensor]
+) -> list[CheckpointTensor]:
+    """The tensors, those that are needed and lack one of the family's optional prefixes under their full names."""
+    needed = slots.keys() | {name for layers in network.packed.values() for layer in layers for name in layer.stored()}
+
+    def full_name(name: str) -> str:
+        candidates = (prefix + name for prefix in ("", *network.optional_prefixes))
+        return next((candidate for candidate in candidates if candidate in needed), name)
+
+    return [replace(tensor, name=full_name(tensor.name)) for tensor in tensors]
 
 
 def _jobs(
@@ -166,10 +205,11 @@ def _read_plain(
     path: ParamPath, spec: ParamSpec, parts: list[tuple[Slot, CheckpointTensor]]
 ) -> dict[ParamPath, np.ndarray]:
     if len(parts) == 1:
-        return {path: parts[0][1].read().astype(spec.dtype, copy=False)}
+        slot, tensor = parts[0]
+        return {path: slot.transformed(tensor.read()).astype(spec.dtype, copy=False)}
     values = np.empty(spec.shape, spec.dtype)
     for slot, tensor in parts:
-        values[slot.start : slot.start + slot.shape[0]] = tensor.read()
+        values[slot.start : slot.start + slot.shape[0]] = slot.transformed(tensor.read())
     return {path: values}
 
 
@@ -177,7 +217,7 @@ def _problems_of_tensors(network: Network, slots: Mapping[str, Slot], tensors: l
     by_name = {tensor.name: tensor for tensor in tensors}
     where = ", ".join(sorted({tensor.file.name for tensor in tensors}))
     problems = [
-        f"missing: {name}, expected shape {list(slot.shape)}, is in none of {where}"
+        f"missing: {name}, expected shape {list(slot.file_shape)}, is in none of {where}"
         for name, slot in slots.items()
         if name not in by_name
     ]
@@ -186,8 +226,8 @@ def _problems_of_tensors(network: Network, slots: Mapping[str, Slot], tensors: l
     used = slots.keys() | {name for layer in layers for name in layer.stored()}
     for tensor in tensors:
         name, file, shape = tensor.name, tensor.file.name, list(tensor.shape)
-        if name in slots and slots[name].shape != tensor.shape:
-            problems.append(f"{name} in {file}: expected shape {list(slots[name].shape)}, found {shape}")
+        if name in slots and slots[name].file_shape != tensor.shape:
+            problems.append(f"{name} in {file}: expected shape {list(slots[name].file_shape)}, found {shape}")
         elif name in used and by_name[name].file.name != file:
             problems.append(f"{name} is in both {file} and {by_name[name].file.name}")
         elif name not in used and not any(fnmatchcase(name, pattern) for pattern in network.ignored_weights):

@@ -63,8 +63,12 @@ class Attention(nnx.Module):
         out_bias: bool,
         dtype,
         initializer: Initializer,
+        interleaved_rope: bool = False,
+        alibi: bool = False,
     ):
         self.head_dim = head_dim
+        self.interleaved_rope = interleaved_rope
+        self.alibi_slopes = alibi_slopes(num_heads) if alibi else None
         self.scale = head_dim**-0.5
         self.qkv = Linear(
             hidden_size,
@@ -84,10 +88,26 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, kv: LayerKV, batch: StepBatch
+        self, x: jax.Array, cos: jax.Array | None, sin: jax.Array | None, kv: LayerKV, batch: StepBatch
     ) -> tuple[jax.Array, LayerKV]:
-        """x [T, D]; cos, sin [T, rotary_dim / 2] -> ([T, D], kv with this step's tokens)."""
+        """x [T, D]; cos, sin [T, rotary_dim / 2], or None for no rotation -> ([T, D], kv with this step's tokens)."""
         num_tokens = x.shape[0]
         q, k, v = (part.reshape(num_tokens, -1, self.head_dim) for part in self.qkv.split(x))  # [T, N or K, H]
-        out, kv = paged_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, kv, batch, scale=self.scale)
+        if cos is not None:
+            q, k = (rotate(part, cos, sin, interleaved=self.interleaved_rope) for part in (q, k))
+        slopes = None if self.alibi_slopes is None else jnp.asarray(self.alibi_slopes, jnp.float32)
+        out, kv = paged_attention(self.scaled(q, batch), k, v, kv, batch, scale=self.scale, alibi_slopes=slopes)
         return self.out(out.reshape(num_tokens, -1)), kv
+
+    def scaled(self, q: jax.Array, batch: StepBatch) -> jax.Array:
+        """q [T, N, H] as it is; for families whose queries have a scale for each token."""
+        return q
+
+
+def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+    """ALiBi's slope of each head (Press et al., ICLR 2022): a geometric series from 2^(-8/n) for a power of two n. Any
+    other number of heads has those of the power of two below it, then every second one of the power above it."""
+    below = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
+    between = [2.0 ** (-4 * (2 * i + 1) / below) for i in range(num_heads - below)]
+    return (*slopes, *between)

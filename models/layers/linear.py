@@ -52,18 +52,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
         """x [..., in] -> [..., out]."""
-        if isinstance(self.weight, nnx.Param):
-            y = matmul(x, self.weight[...], out_dtype)
-        else:
-            y = self.weight(x, out_dtype)
+        packed = not isinstance(self.weight, nnx.Param)
+        y = self.weight(x, out_dtype) if packed else matmul(x, self.weight[...], out_dtype)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(y.dtype)
         return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
-    def quantize(self, layout: Layout) -> None:
-        """Declare the weight as a packed one. Call it before the module's parameters are looked at."""
-        if layout.permutation and self.part_names:  # each part has an order of its own
+    def quantize(self, layout: Layout, separate_parts: bool) -> None:
+        """Declare the weight as a packed one, or as one for each part. Only before the parameters are looked at."""
+        if separate_parts:
             parts = dict(zip(self.part_names, self.part_sizes, strict=True))
             self.weight = QuantizedParts(parts, self.in_features, layout, self.axes)
         else:

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer (Shazeer 2020, "GLU Variants Improve Transformer")."""
+"""Feed-forward layers: the gated one (Shazeer 2020, "GLU Variants Improve Transformer") and the first one."""
 
 import functools
 
@@ -40,3 +40,19 @@ class GatedMLP(nnx.Module):
         """x [T, D] -> [T, D]: down(act(gate(x)) * up(x))."""
         gate, up = self.gate_up.split(x)
         return self.down(ACTIVATIONS[self.act](gate) * up)
+
+
+class MLP(nnx.Module):
+    """The Transformer's own, without a gate (Vaswani et al. 2017)."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, act: str, bias: bool, dtype, initializer: Initializer
+    ):
+        self.act = act
+        options = dict(dtype=dtype, initializer=initializer, bias=bias)
+        self.up = Linear(hidden_size, intermediate_size, axes=("mlp", "embed"), **options)
+        self.down = Linear(intermediate_size, hidden_size, axes=("embed", "mlp"), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [T, D] -> [T, D]: down(act(up(x)))."""
+        return self.down(ACTIVATIONS[self.act](self.up(x)))

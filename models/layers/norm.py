@@ -1,10 +1,10 @@
-"""RMSNorm (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization")."""
+"""RMSNorm (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization") and LayerNorm (Ba et al. 2016)."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.models.layers.param import ones, param
+from jaxllm.models.layers.param import ones, param, zeros
 
 
 class RMSNorm(nnx.Module):
@@ -18,3 +18,18 @@ class RMSNorm(nnx.Module):
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
         return normed * self.weight[...][None, :]
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, size: int, *, eps: float, dtype):
+        self.eps = eps
+        self.weight = param((size,), dtype, ("embed",), ones)
+        self.bias = param((size,), dtype, ("embed",), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [T, D] -> [T, D]. All in float32, rounded once: as torch does."""
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        weight, bias = (leaf[...].astype(jnp.float32)[None, :] for leaf in (self.weight, self.bias))
+        return (centred * jax.lax.rsqrt(variance + self.eps) * weight + bias).astype(x.dtype)

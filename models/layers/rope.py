@@ -32,17 +32,20 @@ class Rope:
         return jnp.cos(angles) * self.config.attention_factor, jnp.sin(angles) * self.config.attention_factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the first rotary_dim dimensions of x [T, N, H]; dimension i is paired with i + rotary_dim / 2.
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotate the first rotary_dim dimensions of x [T, N, H]; dimension i is paired with i + rotary_dim / 2, or with
+    `interleaved`, 2i with 2i + 1.
 
     cos, sin: float32 [T, rotary_dim / 2]. Computed in float32, returned in x's dtype.
     """
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
-    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
-    a, b = first.astype(jnp.float32), second.astype(jnp.float32)
-    rotated = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
-    return jnp.concatenate((rotated, rest), axis=-1)
+    turned, rest = jnp.split(x, (2 * half,), axis=-1)
+    shape, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
+    pairs = turned.astype(jnp.float32).reshape(*x.shape[:-1], *shape)
+    a, b = (jax.lax.index_in_dim(pairs, i, axis, keepdims=False) for i in (0, 1))
+    rotated = jnp.stack((a * cos - b * sin, b * cos + a * sin), axis=axis)
+    return jnp.concatenate((rotated.reshape(turned.shape).astype(x.dtype), rest), axis=-1)
 
 
 def sequence_lengths(positions: jax.Array, prompt_lens: jax.Array, seq_ids: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Quantized weights: what a checkpoint's quantization_config means, one file a method.
 
-    quantization = read_quantization(config)           # of a config.json; None if it is not quantized
-    quantization = choose(quantization, "int4")        # with what the user wants
-    quantization.scheme("model.layers.0.mlp.down_proj").canonical(tensors)
+quantization = read_quantization(config)           # of a config.json; None if it is not quantized
+quantization = choose(quantization, "int4")        # with what the user wants
+quantization.scheme("model.layers.0.mlp.down_proj").canonical(tensors)
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """A quantized checkpoint's network: which of its linear layers hold packed weights, and what they are made of."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flax import nnx
 
@@ -19,12 +19,15 @@ class PackedPart:
     in_features: int
     scheme: Scheme
     has_bias: bool
+    transposed: bool = False  # the checkpoint has a weight that is not packed as [in, out]
 
     def stored(self) -> dict[str, Stored]:
         """The tensors that hold the weight, by their whole names."""
         tensors = self.scheme.stored(self.out_features, self.in_features)
         if self.has_bias:  # then it is a parameter of its own
             tensors.pop("bias", None)
+        if self.transposed and "weight" in tensors:
+            tensors["weight"] = replace(tensors["weight"], shapes=((self.in_features, self.out_features),))
         return {f"{self.name}.{last}": tensor for last, tensor in tensors.items()}
 
 
@@ -39,8 +42,9 @@ def quantize_linears(module: nnx.Module, quantization: Quantization) -> dict[tup
         parts = _parts(module, path, linear, quantization)
         if parts is None:
             continue
-        linear.quantize(parts[0].scheme.layout)
-        if parts[0].scheme.layout.permutation and linear.part_names:
+        separate = parts[0].scheme.layout.permutation and len(parts) > 1  # each has an order of columns of its own
+        linear.quantize(parts[0].scheme.layout, separate)
+        if separate:
             packed |= {(*path, "weight", name): (part,) for name, part in zip(linear.part_names, parts, strict=True)}
         else:
             packed[(*path, "weight")] = parts
@@ -60,8 +64,10 @@ def _parts(
     if linear.axes[0] == "vocab" and not quantization.output_head:
         return None
     names = checkpoint_names(module.weight_names, (*path, "weight"))
-    parts = dict(zip(linear.part_names, linear.part_sizes, strict=True)) or {None: linear.out_features}
-    layers = [names[part].removesuffix(".weight") for part in parts]
+    parts = dict(zip(linear.part_names, linear.part_sizes, strict=True))
+    if not parts or None in names:  # the checkpoint may have merged them already
+        parts = {None: linear.out_features}
+    layers = [names[part][0].removesuffix(".weight") for part in parts]
     schemes = [quantization.scheme(layer) for layer in layers]
     if any(scheme != schemes[0] for scheme in schemes):
         raise ValueError(f"{quantization.method}: {', '.join(layers)} are one weight here and must be quantized alike")
@@ -70,8 +76,8 @@ def _parts(
     for layer, size in zip(layers, parts.values(), strict=True):
         _check_shape(schemes[0], layer, size, linear.in_features)
     return tuple(
-        PackedPart(layer, size, linear.in_features, schemes[0], linear.bias is not None)
-        for layer, size in zip(layers, parts.values(), strict=True)
+        PackedPart(layer, size, linear.in_features, schemes[0], linear.bias is not None, names[part][1] == "transposed")
+        for layer, (part, size) in zip(layers, parts.items(), strict=True)
     )
 
 

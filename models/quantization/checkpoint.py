@@ -69,6 +69,8 @@ def _read_floats(layer: PackedPart, tensors: Mapping[str, CheckpointTensor]) -> 
 
 def _canonical(layer: PackedPart, tensors: Mapping[str, CheckpointTensor]) -> Canonical:
     values = {name.rpartition(".")[2]: tensors[name].read() for name in layer.stored() if name in tensors}
+    if layer.transposed and "weight" in values:
+        values["weight"] = values["weight"].T
     try:
         return layer.scheme.canonical(values)
     except ValueError as error:

@@ -1,8 +1,8 @@
 """Quantization of an unquantized checkpoint while it is loaded: each weight rounded to the nearest of its codes.
 
-    int8  a scale for each output: the largest magnitude is 127
-    fp8   a scale for each output: the largest magnitude is 448, e4m3's greatest
-    int4  a scale and a zero for each group of 128 inputs: the smallest value is 0, the largest 15
+int8  a scale for each output: the largest magnitude is 127
+fp8   a scale for each output: the largest magnitude is 448, e4m3's greatest
+int4  a scale and a zero for each group of 128 inputs: the smallest value is 0, the largest 15
 """
 
 from collections.abc import Mapping
