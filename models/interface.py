@@ -143,7 +143,7 @@ class Network:
 
 
 def checkpoint_names(weight_names: tuple, path: tuple[str, ...]) -> dict[str | None, tuple[str, str | None]]:
-    """A parameter's part (None: all of it) -> the checkpoint's name and the transform, from a model's `weight_names`."""
+    """A parameter's part (None: all of it) -> the checkpoint's name and a transform, from `Model.weight_names`."""
     module, leaf = ".".join(path[:-1]), path[-1]
     names = {}
     for theirs, ours, *rest in weight_names:

@@ -12,15 +12,20 @@ where scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (Kalajdzi
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from jaxllm.models.checkpoint_files import CheckpointError, CheckpointTensor, list_tensors_of
+from jaxllm.models.checkpoint_files import CheckpointError, CheckpointTensor, list_tensors, list_tensors_of
+
+_SHARD_BYTES = 5 * 10**9
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -36,6 +41,7 @@ _NEUTRAL: dict[str, tuple] = {
     "target_parameters": (None, []),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 _PAIRS = {("lora_A.weight", "lora_B.weight"): False, ("lora_embedding_A", "lora_embedding_B"): True}
 
 
@@ -107,17 +113,16 @@ class Adapter:
         Raises: CheckpointError naming every tensor of the adapter that fits none of the checkpoint's.
         """
         names = {tensor.name: tensor for tensor in tensors}
-        changes: dict[str, Callable[[CheckpointTensor], CheckpointTensor]] = {}
         problems = []
-        for wanted, change in {**self._deltas, **self._replaced}.items():
+        for wanted, change in (*self._replaced.items(), *self._deltas.items()):
             name = _find(wanted, names)
             problem = _misfit(wanted, names) if name is None else change.misfit(names[name])
             if problem is not None:
                 problems.append(problem)
             else:
-                changes[name] = change.of
+                names[name] = change.of(names[name])
         _raise_if(problems, f"{self.folder} does not fit the model")
-        return [changes[tensor.name](tensor) if tensor.name in changes else tensor for tensor in tensors]
+        return [names[tensor.name] for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,9 @@ def _misfit_of_pair(config: AdapterConfig, layer: str, a: CheckpointTensor, b: C
 
 def _is_trained_whole(config: AdapterConfig, name: str, deltas: Mapping[str, _Delta]) -> bool:
     layer, _, last = name.rpartition(".")
-    if any(f".{layer}".endswith(f".{module}") for module in config.saved):
+    # PEFT compares the ends of names: "norm" is "input_layernorm" too. It saves embeddings that it has changed or that
+    # have grown in any case, and the weight below a changed one as well.
+    if layer.endswith(config.saved) or layer.rpartition(".")[2] in _EMBEDDINGS:
         return True
     return last == "bias" and (config.bias == "all" or (config.bias == "lora_only" and f"{layer}.weight" in deltas))
 
@@ -273,3 +280,44 @@ def _by_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
 def _raise_if(problems: list[str], headline: str) -> None:
     if problems:
         raise CheckpointError("\n  ".join([f"{headline}, {len(problems)} problem(s):", *problems]))
+
+
+def merge_checkpoint(model: str | Path, adapter: str | Path, out: str | Path) -> Path:
+    """Write a checkpoint folder with an adapter merged in: the model's names, dtypes and other files; returns `out`.
+
+    The arithmetic is in float32. Memory holds one shard, of up to 5 GB.
+
+    Raises: ValueError if `out` is there and not empty; CheckpointError as Adapter and its `merged` do.
+    """
+    model, out = Path(model), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: a merged checkpoint is written to a folder of its own")
+    stored = list_tensors(model)
+    dtypes = {tensor.name: tensor.dtype for tensor in stored}
+    shards = _shards(Adapter(adapter).merged(stored), dtypes)
+    out.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        last = "" if len(shards) == 1 else f"-{i + 1:05}-of-{len(shards):05}"
+        values = {one.name: np.ascontiguousarray(one.read().astype(dtypes[one.name], copy=False)) for one in shard}
+        save_file(values, out / f"model{last}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(values, f"model{last}.safetensors")
+    if len(shards) > 1:
+        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for file in model.iterdir():
+        if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
+    return out
+
+
+def _shards(tensors: list[CheckpointTensor], dtypes: Mapping[str, str]) -> list[list[CheckpointTensor]]:
+    shards: list[list[CheckpointTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        nbytes = math.prod(tensor.shape) * np.dtype(dtypes[tensor.name]).itemsize
+        if shards[-1] and size + nbytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    return shards

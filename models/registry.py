@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxllm.models.config import DTYPES, ModelConfig, architecture_of
 from jaxllm.models.interface import Network
-from jaxllm.models.quantization import read_quantization
+from jaxllm.models.quantization import choose, read_quantization
 from jaxllm.models.quantization.apply import quantize_linears
 
 ENTRY_POINT_GROUP = "jaxllm.models"
@@ -88,6 +88,14 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     quantization = read_quantization(config)
     config_class = getattr(model_class(architecture_of(config)), "config_class", ModelConfig)
     return dataclasses.replace(config_class.from_hf(config), quantization=quantization)
+
+
+def quantized(config: ModelConfig, method: str | None) -> ModelConfig:
+    """The config of the network that a user wants: one of quantization.METHODS, or None for the checkpoint's own.
+
+    Raises: ValueError if the checkpoint is quantized in another way, or not at all where it has to be.
+    """
+    return dataclasses.replace(config, quantization=choose(config.quantization, method))
 
 
 def build(config: ModelConfig, dtype=None) -> Network:

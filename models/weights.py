@@ -80,14 +80,7 @@ def load_params(
       shards; or a damaged file, with what to do about it.
     """
     slots = checkpoint_slots(network)
-    tensors = _fully_named(network, slots, list_tensors(Path(folder)))
-    if adapter is not None:
-        tensors = adapter.merged(tensors)
-    if network.config.quantization is not None:
-        tensors = with_floats(
-            network.config.quantization, {name: slot.file_shape for name, slot in slots.items()}, tensors
-        )
-    _raise_if(_problems_of_tensors(network, slots, tensors), f"{folder} does not fit {network.config.architecture}")
+    tensors = _fitting_tensors(network, slots, Path(folder), adapter)
     targets = _targets(network, shardings)
 
     def run(job: Callable[[], dict[ParamPath, np.ndarray]]) -> dict[ParamPath, jax.Array]:
@@ -107,6 +100,24 @@ def load_params(
             params |= loaded
             bar.update(sum(array.nbytes for array in loaded.values()))
     return unflatten_dict(params)
+
+
+def check_checkpoint(network: Network, folder: str | Path, adapter: Adapter | None = None) -> None:
+    """Prove, from the files' headers alone, that a folder holds a network's weights. Raises: as `load_params`."""
+    _fitting_tensors(network, checkpoint_slots(network), Path(folder), adapter)
+
+
+def _fitting_tensors(
+    network: Network, slots: Mapping[str, Slot], folder: Path, adapter: Adapter | None
+) -> list[CheckpointTensor]:
+    tensors = _fully_named(network, slots, list_tensors(folder))
+    if adapter is not None:
+        tensors = adapter.merged(tensors)
+    if network.config.quantization is not None:
+        float_shapes = {name: slot.file_shape for name, slot in slots.items()}
+        tensors = with_floats(network.config.quantization, float_shapes, tensors)
+    _raise_if(_problems_of_tensors(network, slots, tensors), f"{folder} does not fit {network.config.architecture}")
+    return tensors
 
 
 def check_params(network: Network, params: Params) -> None:
