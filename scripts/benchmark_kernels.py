@@ -1,14 +1,17 @@
-"""Attention kernels on the GPU at hand: right first, then how near they come to the hardware.
+"""Kernels on the GPU at hand: right first, then how near they come to the hardware.
 
-    python scripts/benchmark_kernels.py [--quick] [--only TEXT] [--seconds 140] [--output-json FILE]
+    python scripts/benchmark_kernels.py [--quick] [--ops OP ...] [--only TEXT] [--seconds 140] [--output-json FILE]
 
-Each case is compared with the reference, twice, on KV where everything that no row owns is NaN. Then a chain of calls,
-each on KV of its own and on the output of the call before, is timed inside one jit. The ceiling is measured in the same
-run: the bandwidth of a maximum over 2 GiB, for kernels that read. A case that fails is reported and the next one runs.
+Each case is compared with the reference, twice; of attention on KV where everything that no row owns is NaN. Then a
+chain of calls, each on KV or a weight of its own, is timed inside one jit. The ceilings are measured in the same run:
+the bandwidth of a maximum over 2 GiB, for kernels that read, and the rate of a large product. A case that fails is
+reported and the next one runs. Without --quick, other configurations than the default follow.
 """
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -26,6 +29,12 @@ from pallas_kernels.paged_decode import mosaic_gpu as decode_kernel
 from pallas_kernels.paged_decode import reference as decode_reference
 from pallas_kernels.paged_decode.specs import SPECS as DECODE_SPECS
 from pallas_kernels.paged_decode.specs import Spec as DecodeSpec
+from pallas_kernels.quant_matmul import QuantizedWeight
+from pallas_kernels.quant_matmul import abstract as abstract_weight
+from pallas_kernels.quant_matmul import mosaic_gpu as quant_kernel
+from pallas_kernels.quant_matmul import reference as quant_reference
+from pallas_kernels.quant_matmul.specs import SPECS as QUANT_SPECS
+from pallas_kernels.quant_matmul.specs import Spec as QuantSpec
 
 CHAIN = 32
 BEYOND_CACHE = 2**30  # bytes of KV that a chain goes through before it meets the same again
@@ -178,7 +187,111 @@ def decode_cases(quick: bool) -> Iterator[Case]:
             )
 
 
-OPS: dict[str, Callable[[bool], Iterator[Case]]] = {"paged_decode": decode_cases}
+# --- quant_matmul
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "count"))
+def quant_weights(key: jax.Array, spec: QuantSpec, count: int) -> list[QuantizedWeight]:
+    """Weights of random codes, scales around 1, and zeros 0 to 15."""
+    shapes = abstract_weight(
+        spec.out_features, spec.in_features, format=spec.format, group_size=spec.group_size, zeros=spec.zeros,
+        scale_dtype=jnp.float16 if spec.format == "int4" else jnp.float32,
+    )  # fmt: skip
+
+    def weight(key):
+        keys = jax.random.split(key, 3)
+        codes = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], shapes.codes.shape, jnp.uint32), jnp.int32)
+        if spec.format == "fp8":  # without NaN
+            codes &= jnp.int32(-0x40404041)
+        scales = jax.random.uniform(keys[1], shapes.scales.shape, jnp.float32, 0.5, 1.5).astype(shapes.scales.dtype)
+        zeros = None
+        if shapes.zeros is not None:
+            zeros = jax.random.randint(keys[2], shapes.zeros.shape, 0, 16).astype(shapes.zeros.dtype)
+        return dataclasses.replace(shapes, codes=codes, scales=scales, zeros=zeros)
+
+    return [weight(key) for key in jax.random.split(key, count)]
+
+
+def quant_activations(spec: QuantSpec) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (spec.batch, spec.in_features), jnp.bfloat16)
+
+
+def check_quant(spec: QuantSpec, kernel: Callable) -> float:
+    """Largest difference, where the products' standard deviation is 1."""
+    x, (weight,) = quant_activations(spec), quant_weights(jax.random.key(0), spec, 1)
+    expected = quant_reference.quant_matmul(
+        x.astype(jnp.float32), weight, activation=spec.activation, out_dtype=jnp.dtype(jnp.float32)
+    )
+    expected = np.asarray(expected)
+    outs = []
+    for _ in range(2):
+        # Freed at once, and likely what the output and the workspace are allocated from.
+        jax.block_until_ready([jnp.full(n, jnp.nan, jnp.float32) for n in (2**24, 2**22, expected.size // 2)])
+        outs.append(np.asarray(kernel(x, weight), np.float32))
+    if not np.array_equal(outs[0], outs[1]):
+        raise AssertionError(f"two runs differ, by {np.abs(outs[0] - outs[1]).max()}")
+    difference = float(np.abs(outs[0] - expected).max() / expected.std())  # NaN if there is one
+    if not difference < 0.05:
+        bad = np.unique(np.argwhere(~(np.abs(outs[0] - expected) < 0.05 * expected.std()))[:, 1])
+        raise AssertionError(f"difference {difference} from the reference; columns {bad[:20]} of {expected.shape[1]}")
+    return difference
+
+
+def quant_chain(spec: QuantSpec, kernel: Callable) -> tuple[Callable, tuple]:
+    weights = quant_weights(jax.random.key(0), spec, CHAIN)
+    return jax.jit(lambda x, weights: [kernel(x, weight) for weight in weights]), (quant_activations(spec), weights)
+
+
+def dense_chain(spec: QuantSpec) -> tuple[Callable, tuple]:
+    """The same with bfloat16 weights, by XLA."""
+    shape = (CHAIN, spec.out_features, spec.in_features)
+    weights = list(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16))
+    return jax.jit(lambda x, weights: [x @ weight.T for weight in weights]), (quant_activations(spec), weights)
+
+
+def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[quant_kernel.Config]:
+    """All that fit but the default."""
+    default = quant_kernel.default_config(weight, spec.batch)
+    configs = []
+    for warpgroups, step_tiles in itertools.product((2, 3, 4), (1, 2, 4)):
+        config = dataclasses.replace(default, warpgroups=warpgroups, step_tiles=step_tiles)
+        config = quant_kernel.with_stages(weight, config)
+        if config != default and quant_kernel.fits(weight, config):
+            configs.append(config)
+    return configs
+
+
+def quant_cases(quick: bool) -> Iterator[Case]:
+    """The default configuration on every shape first, beside XLA's bfloat16 product, then others."""
+
+    def case(spec, config):
+        (weight,) = jax.eval_shape(lambda: quant_weights(jax.random.key(0), spec, 1))
+        flops = 2 * spec.batch * spec.out_features * spec.in_features
+        prefill = spec.batch > 256
+        if config == "XLA":
+            name, nbytes = spec.name.replace(spec.format, "bfloat16"), 2 * spec.out_features * spec.in_features
+            check, chain = (lambda: 0.0), functools.partial(dense_chain, spec)
+        else:
+            dtype = jnp.dtype(jnp.bfloat16)
+            kernel = functools.partial(
+                quant_kernel.quant_matmul, activation=spec.activation, out_dtype=dtype, config=config
+            )
+            name, nbytes = spec.name, weight.nbytes
+            check, chain = functools.partial(check_quant, spec, kernel), functools.partial(quant_chain, spec, kernel)
+        work, unit = (flops, "flops") if prefill else (nbytes, "bytes")
+        return Case("quant_matmul", name, str(config or "default"), check, chain, work, unit)
+
+    for spec in QUANT_SPECS:
+        if spec.format == "int8" and not spec.activation:
+            yield case(spec, "XLA")
+        yield case(spec, None)
+    for spec in [] if quick else QUANT_SPECS:
+        (weight,) = jax.eval_shape(lambda spec=spec: quant_weights(jax.random.key(0), spec, 1))
+        for config in other_quant_configs(spec, weight) if spec.batch <= 256 else []:
+            yield case(spec, config)
+
+
+OPS: dict[str, Callable[[bool], Iterator[Case]]] = {"paged_decode": decode_cases, "quant_matmul": quant_cases}
 
 # ---
 
