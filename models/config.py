@@ -5,7 +5,7 @@ key, the value and what is allowed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +36,10 @@ ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
             "truncate",
         },
     ),
+    "longrope": (
+        {"short_factor", "long_factor"},
+        {"factor", "original_max_position_embeddings", "attention_factor"},
+    ),
 }
 # Found in rope settings without any effect on the values.
 _ROPE_COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
@@ -48,30 +52,35 @@ class RopeConfig:
     rope_type: str
     theta: float
     rotary_dim: int  # the first rotary_dim of a head's dimensions are rotated
-    max_positions: int  # the length trained with: type dynamic, llama3 and yarn scale beyond it
+    max_positions: int  # the length trained with: types dynamic, llama3, yarn and longrope scale beyond it
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 1.0  # llama3
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
+    short_factors: tuple[float, ...] = ()  # longrope: [rotary_dim / 2], of periods in sequences up to max_positions
+    long_factors: tuple[float, ...] = ()  # longrope: those in longer ones
     interleaved: bool = False  # pairs are neighbours (2i, 2i + 1), as in RoFormer and GLM; else halves apart
 
     def kv_depends_on_prompt_len(self, prompt_len: int) -> bool:
         """Whether prompts of this length have keys that prompts of other lengths, but equal beginnings, don't have."""
-        return self.rope_type == "dynamic" and prompt_len > self.max_positions
+        return self.rope_type in ("dynamic", "longrope") and prompt_len > self.max_positions
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture of one checkpoint, under the names that config.json gives them.
 
-    A family with names of its own gives them in `names`, ours -> its. What its keys mean beyond that is for an override
-    of `from_hf`.
+    A family is data on a subclass: `names` for keys that it spells its own way (ours -> its), `defaults` for those that
+    its config.json may lack, `qk_norm` for a norm of each head's queries and keys. What its keys mean beyond that is
+    for an override of `from_hf`.
     """
 
     names: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    qk_norm: ClassVar[bool] = False
 
     architecture: str
     vocab_size: int  # V
@@ -92,16 +101,20 @@ class ModelConfig:
     rope: RopeConfig | None  # None: positions are not rotated in
     dtype: str  # the checkpoint's: what dtype "auto" means
     alibi: bool = False  # attention scores fall with the distance (ALiBi)
+    windows: tuple[int | None, ...] = ()  # of each layer, how many keys a query sees; None: all. Empty: all, everywhere
     quantization: "Quantization | None" = field(default=None, kw_only=True)  # set by registry.read_config
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
 
     @property
     def max_model_len(self) -> int:
         """The longest sequence: rope types that stretch the trained length by a factor may leave it out of
-        max_position_embeddings; llama3's is always in it."""
+        max_position_embeddings; llama3's and longrope's is always in it."""
         if self.rope is None:
             return self.max_position_embeddings
-        stretched = 0 if self.rope.rope_type == "llama3" else int(self.rope.max_positions * self.rope.factor)
-        return max(self.max_position_embeddings, stretched)
+        included = self.rope.rope_type in ("llama3", "longrope")
+        return max(self.max_position_embeddings, 0 if included else int(self.rope.max_positions * self.rope.factor))
 
     def kv_depends_on_prompt_len(self, prompt_len: int) -> bool:
         """See RopeConfig."""
@@ -109,8 +122,9 @@ class ModelConfig:
 
     @classmethod
     def reader(cls, config: Mapping[str, Any]) -> "_Reader":
-        """Checked reads from config.json, under our names or the family's."""
-        return _Reader(config, names=cls.names)
+        """Checked reads from config.json, under our names or the family's, or from the family's defaults."""
+        given = {key: value for key, value in config.items() if value is not None}
+        return _Reader({**cls.defaults, **given}, names=cls.names)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -119,17 +133,20 @@ class ModelConfig:
         Raises: ValueError naming the key, its value and what is allowed.
         """
         get = cls.reader(config)
+        config = get.config
         hidden_size = get.integer("hidden_size")
         num_heads = get.integer("num_attention_heads")
         num_kv_heads = get.integer("num_key_value_heads", default=num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
-                f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}: "
+                f"{get.name('num_key_value_heads')}={num_kv_heads} must divide "
+                f"{get.name('num_attention_heads')}={num_heads}: "
                 "every KV head serves the same number of query heads"
             )
         if not get.has("head_dim") and hidden_size % num_heads:
             raise ValueError(
-                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads}, or head_dim be given"
+                f"{get.name('hidden_size')}={hidden_size} must be a multiple of "
+                f"{get.name('num_attention_heads')}={num_heads}, or {get.name('head_dim')} be given"
             )
         head_dim = get.integer("head_dim", default=hidden_size // num_heads)
         max_positions = get.integer("max_position_embeddings", default=2048)
@@ -163,31 +180,44 @@ class _Reader:
         self.config, self.where, self.names = config, where, names
 
     def has(self, key: str) -> bool:
-        return self.config.get(self._name(key)) is not None
+        return self.config.get(self.name(key)) is not None
 
-    def _name(self, key: str) -> str:
+    def name(self, key: str) -> str:
         """How the config spells a key: its family's way, or ours where the config has that alone."""
         own = self.names.get(key, key)
         return key if self.config.get(own) is None and self.config.get(key) is not None else own
 
     def _get(self, key: str, default) -> tuple[str, Any]:
-        name = self._name(key)
+        name = self.name(key)
         value = self.config.get(name)
         if value is None and default is None:
             raise ValueError(f"{self.where}{name} is missing from the model's config")
         return f"{self.where}{name}", default if value is None else value
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         name, value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer >= 1")
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")
         return value
+
+    def optional_integer(self, key: str) -> int | None:
+        return None if self.config.get(key) is None else self.integer(key)
 
     def number(self, key: str, default: float | None = None, minimum: float = 0.0) -> float:
         name, value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
             raise ValueError(f"{name}={value!r} must be a finite number >= {minimum}")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        name, value = self._get(key, None)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != count
+            or not all(isinstance(item, int | float) and 0 < item < math.inf for item in value)
+        ):
+            raise ValueError(f"{name}={value!r} must be a list of {count} finite numbers > 0")
+        return tuple(map(float, value))
 
     def boolean(self, key: str, default: bool) -> bool:
         name, value = self._get(key, default)
@@ -200,6 +230,30 @@ class _Reader:
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not supported; allowed: {', '.join(map(str, allowed))}")
         return value
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def windows_of(
+    config: Mapping[str, Any], num_layers: int, window: int | None, slides: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """Each layer's window: `window` where `layer_types` says "sliding_attention", or, where a config has no such list,
+    where `slides` says so of the layer's index.
+
+    Raises: ValueError for a list of another length or with other types, or with sliding layers and no window.
+    """
+    types = config.get("layer_types")
+    if types is None:
+        return tuple(window if slides(layer) else None for layer in range(num_layers))
+    if not isinstance(types, list | tuple) or len(types) != num_layers or not set(types) <= set(LAYER_TYPES):
+        raise ValueError(
+            f"layer_types={types!r} must list one of {', '.join(LAYER_TYPES)} for each of "
+            f"num_hidden_layers={num_layers}"
+        )
+    if window is None and "sliding_attention" in types:
+        raise ValueError(f"layer_types={types!r} has sliding layers, so sliding_window must be an integer >= 1")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -227,6 +281,8 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int, max_positions: int) 
     where, settings = _rope_settings(config)
     get = _Reader(settings, where)
     rope_type = settings.get("rope_type") or settings.get("type") or "default"
+    if rope_type == "su":  # what the first Phi-3 configs call it
+        rope_type = "longrope"
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"{where}rope_type={rope_type!r} is not supported; allowed: {', '.join(ROPE_TYPES)}")
     _check_rope_keys(where, rope_type, settings)
@@ -251,6 +307,15 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int, max_positions: int) 
         factor = get.number("factor", minimum=1.0)
         return RopeConfig(**common, max_positions=original, factor=factor, low_freq_factor=low, high_freq_factor=high)
     factor = get.number("factor", default=max_positions / original)
+    if rope_type == "longrope":
+        return RopeConfig(
+            **common,
+            max_positions=original,
+            factor=factor,
+            attention_factor=_longrope_attention_factor(get, factor, original),
+            short_factors=get.numbers("short_factor", rotary_dim // 2),
+            long_factors=get.numbers("long_factor", rotary_dim // 2),
+        )
     return RopeConfig(
         **common,
         max_positions=original,
@@ -303,3 +368,10 @@ def _yarn_attention_factor(get: _Reader, factor: float) -> float:
     if mscale and mscale_all_dim:
         return temperature(get.number("mscale")) / temperature(get.number("mscale_all_dim"))
     return temperature(1.0)
+
+
+def _longrope_attention_factor(get: _Reader, factor: float, original: int) -> float:
+    """What makes up for the longer context in the scores (Ding et al. 2024, "LongRoPE")."""
+    if get.config.get("attention_factor") is not None:
+        return get.number("attention_factor")
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

@@ -48,10 +48,10 @@ class StepBatch:
 
 
 class LayerKV(NamedTuple):
-    """The KV pages of one layer."""
+    """The KV pages of one layer. In latent attention (see layers/mla.py), one array holds a token's keys and values."""
 
-    k: jax.Array  # [P, K, page_size, H]
-    v: jax.Array  # [P, K, page_size, H]
+    k: jax.Array  # [P, K, page_size, H]; latent: [P, page_size, C + R]
+    v: jax.Array | None  # [P, K, page_size, H]; latent: None
 
 
 KVPages = tuple[LayerKV, ...]
@@ -63,8 +63,9 @@ class Model(Protocol):
 
     `weight_names` maps a checkpoint's names to ours, one row per module: `(checkpoint name, our path)` or
     `(checkpoint name, our path, part of a merged weight)`, and after the part (None: all of it) what is done to the
-    values, one of `weights.TRANSFORMS`. `{}` stands for a layer's number, and the last word ("weight", "bias") is
-    carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
+    values, one of `weights.TRANSFORMS`. `{}` stands for a layer's number, a further one on the left for an expert's in
+    a stacked weight, and the last word ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of
+    checkpoint tensors nothing uses.
     `optional_prefixes`, where a family has them, begin names that some of its checkpoints give without.
     A family whose config.json has keys of its own names a subclass of ModelConfig in `config_class`.
     """
@@ -82,8 +83,8 @@ class Model(Protocol):
         """float32 [S, V] of hidden [S, D]."""
         ...
 
-    def kv_shapes(self, num_pages: int, page_size: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        """Per layer, the shapes of its k and its v pages."""
+    def kv_shapes(self, num_pages: int, page_size: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...] | None], ...]:
+        """Per layer, the shapes of its k and its v pages; None where it has none."""
         ...
 
 
@@ -142,15 +143,18 @@ class Network:
         return nnx.merge(self._graph, nnx.from_flat_state([(key, flat[path]) for path, key in self._keys.items()]))
 
 
-def checkpoint_names(weight_names: tuple, path: tuple[str, ...]) -> dict[str | None, tuple[str, str | None]]:
-    """A parameter's part (None: all of it) -> the checkpoint's name and a transform, from `Model.weight_names`."""
+def checkpoint_names(
+    weight_names: tuple, path: tuple[str, ...], expert: int = 0
+) -> dict[str | None, tuple[str, str | None]]:
+    """A parameter's part (None: all of it) -> the checkpoint's name and a transform, from `Model.weight_names`.
+    `expert` is which matrix of a stacked weight."""
     module, leaf = ".".join(path[:-1]), path[-1]
     names = {}
     for theirs, ours, *rest in weight_names:
         match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
         if match:
             part, transform = (*rest, None, None)[:2]
-            names[part] = (f"{theirs.format(*match.groups())}.{leaf}", transform)
+            names[part] = (f"{theirs.format(*match.groups(), expert)}.{leaf}", transform)
     return names
 
 

@@ -1,12 +1,20 @@
-"""Llama (Touvron et al. 2023) and what is built like it: RMSNorm, rotary attention, a gated feed-forward layer."""
+"""Llama (Touvron et al. 2023) and what is built like it: RMSNorm, rotary attention, a gated feed-forward layer.
 
-from typing import ClassVar
+What Mistral, Qwen2, Qwen3 and Phi-3 do differently is data: in their configs (windows, biases, norms of queries and
+keys) and in their tables of weight names.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, windows_of
 from jaxllm.models.interface import KVPages, LayerKV, StepBatch
 from jaxllm.models.layers.attention import Attention
 from jaxllm.models.layers.embed import Embed
@@ -20,9 +28,10 @@ from jaxllm.models.layers.rope import Rope, sequence_lengths
 class DecoderLayer(nnx.Module):
     attention_class: ClassVar = Attention
 
-    def __init__(self, config: ModelConfig, dtype):
+    def __init__(self, config: ModelConfig, dtype, layer: int):
         initializer = normal(config.initializer_range)
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        norm = functools.partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention_norm = norm(config.hidden_size)
         self.attention = self.attention_class(
             config.hidden_size,
             config.num_attention_heads,
@@ -34,8 +43,10 @@ class DecoderLayer(nnx.Module):
             initializer=initializer,
             interleaved_rope=config.rope is not None and config.rope.interleaved,
             alibi=config.alibi,
+            window=config.window(layer),
+            norm=functools.partial(norm, axis=None) if config.qk_norm else None,
         )
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp_norm = norm(config.hidden_size)
         self.mlp = GatedMLP(
             config.hidden_size,
             config.intermediate_size,
@@ -51,7 +62,17 @@ class DecoderLayer(nnx.Module):
         """x [T, D] -> ([T, D], kv with this step's tokens)."""
         attended, kv = self.attention(self.attention_norm(x), cos, sin, kv, batch)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), kv
+        return x + self.feed_forward(self.mlp_norm(x), batch), kv
+
+    def feed_forward(self, x: jax.Array, batch: StepBatch) -> jax.Array:
+        """x [T, D] -> [T, D]; for families to which it matters what is padding."""
+        return self.mlp(x)
+
+
+QK_NORM_NAMES = (
+    ("model.layers.{}.self_attn.q_norm", "layers.{}.attention.q_norm"),
+    ("model.layers.{}.self_attn.k_norm", "layers.{}.attention.k_norm"),
+)
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -79,7 +100,7 @@ class LlamaForCausalLM(nnx.Module):
         self.ignored_weights = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
         initializer = normal(config.initializer_range)
         self.embed = Embed(config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer)
-        self.layers = nnx.List([self.layer_class(config, dtype) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([self.layer_class(config, dtype, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.rope = None if config.rope is None else Rope(config.rope)
         self.lm_head = (
@@ -115,3 +136,87 @@ class LlamaForCausalLM(nnx.Module):
     def kv_shapes(self, num_pages: int, page_size: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
         shape = (num_pages, self.config.num_key_value_heads, page_size, self.config.head_dim)
         return ((shape, shape),) * self.config.num_hidden_layers
+
+
+class MistralConfig(ModelConfig):
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "MistralConfig":
+        read = super().from_hf(config)
+        # null is no window; a config without the key means the first Mistral's.
+        window = cls.reader(config).optional_integer("sliding_window") if "sliding_window" in config else 4096
+        return replace(read, windows=(window,) * read.num_hidden_layers)
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """Mistral (Jiang et al. 2023): Llama with a sliding window in its first version."""
+
+    config_class: ClassVar = MistralConfig
+
+
+class Qwen2Config(ModelConfig):
+    defaults = MappingProxyType(
+        {
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "max_position_embeddings": 32768,
+        }
+    )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Qwen2Config":
+        read, get = super().from_hf(config), cls.reader(config)
+        first = get.integer("max_window_layers", minimum=0)
+        window = get.integer("sliding_window") if get.boolean("use_sliding_window", default=False) else None
+        return replace(
+            read, windows=windows_of(config, read.num_hidden_layers, window, slides=lambda layer: layer >= first)
+        )
+
+
+class Qwen2ForCausalLM(LlamaForCausalLM):
+    """Qwen1.5, Qwen2 and Qwen2.5 (Qwen team 2024): biases on q, k and v; the later layers may have a window."""
+
+    config_class: ClassVar = Qwen2Config
+
+
+class Qwen3Config(Qwen2Config):
+    defaults = MappingProxyType(
+        {**Qwen2Config.defaults, "attention_bias": False, "attention_out_bias": None, "head_dim": 128}
+    )
+    qk_norm = True
+
+
+class Qwen3ForCausalLM(LlamaForCausalLM):
+    """Qwen3 (Qwen team 2025): each head's queries and keys are normed."""
+
+    config_class: ClassVar = Qwen3Config
+    weight_names: ClassVar = (*LlamaForCausalLM.weight_names, *QK_NORM_NAMES)
+
+
+class Phi3Config(ModelConfig):
+    defaults = MappingProxyType({"max_position_embeddings": 4096, "rms_norm_eps": 1e-5})
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Phi3Config":
+        read = super().from_hf(config)
+        window = cls.reader(config).optional_integer("sliding_window")
+        return replace(read, windows=(window,) * read.num_hidden_layers)
+
+
+class Phi3ForCausalLM(LlamaForCausalLM):
+    """Phi-3, Phi-3.5 and Phi-4 (Abdin et al. 2024): fused projections, a window, LongRoPE."""
+
+    config_class: ClassVar = Phi3Config
+    weight_names: ClassVar = (
+        ("model.embed_tokens", "embed"),
+        ("model.layers.{}.input_layernorm", "layers.{}.attention_norm"),
+        ("model.layers.{}.self_attn.qkv_proj", "layers.{}.attention.qkv"),
+        ("model.layers.{}.self_attn.o_proj", "layers.{}.attention.out"),
+        ("model.layers.{}.post_attention_layernorm", "layers.{}.mlp_norm"),
+        ("model.layers.{}.mlp.gate_up_proj", "layers.{}.mlp.gate_up"),
+        ("model.layers.{}.mlp.down_proj", "layers.{}.mlp.down"),
+        ("model.norm", "norm"),
+        ("lm_head", "lm_head"),
+    )

@@ -105,9 +105,8 @@ class QWenRope:
 
     def __call__(self, positions: jax.Array, prompt_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """positions i32[T]; prompt_lens i32[T], of each token's request."""
-        doublings = sum((prompt_lens > limit).astype(jnp.int32) for limit in self.limits)
-        inv_freq = jnp.asarray(self.inv_freq)[doublings]
-        angles = positions.astype(jnp.float32)[:, None] * inv_freq
+        doublings = sum((prompt_lens > limit).astype(jnp.int32) for limit in self.limits) + jnp.zeros_like(prompt_lens)
+        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.inv_freq)[doublings]
         return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -115,7 +114,7 @@ class QWenAttention(Attention):
     logn_from: int | None = None  # logn attention: positions from this one on scale their query
 
     def scaled(self, q: jax.Array, batch: StepBatch) -> jax.Array:
-        """q [T, N, H] times log(n) / log(trained length) at a token that is the n-th of its sequence and lies beyond."""
+        """q [T, N, H] times log(n) / log(trained length) at the n-th token of a sequence, beyond that length."""
         if self.logn_from is None:
             return q
         lengths = jnp.maximum(batch.positions + 1, self.logn_from).astype(jnp.float32)
@@ -126,8 +125,8 @@ class QWenAttention(Attention):
 class QWenLayer(DecoderLayer):
     attention_class: ClassVar = QWenAttention
 
-    def __init__(self, config: QWenConfig, dtype):
-        super().__init__(config, dtype)
+    def __init__(self, config: QWenConfig, dtype, layer: int):
+        super().__init__(config, dtype, layer)
         if config.logn_attention:
             self.attention.logn_from = config.rope.max_positions
 

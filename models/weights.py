@@ -42,7 +42,8 @@ TRANSFORMS = {"transposed": np.transpose, "unit_rows": _unit_rows}
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one of the checkpoint's tensors goes: rows start : start + shape[0] of a parameter."""
+    """Where one of the checkpoint's tensors goes: rows start : start + shape[0] of a parameter (of a stacked one, with
+    its matrices one below the other)."""
 
     path: ParamPath
     start: int
@@ -53,6 +54,10 @@ class Slot:
     def file_shape(self) -> tuple[int, ...]:
         """The shape of the checkpoint's tensor."""
         return self.shape[::-1] if self.transform == "transposed" else self.shape
+
+    def rows(self, weight: np.ndarray) -> np.ndarray:
+        """The view of the parameter that the tensor fills."""
+        return weight.reshape(-1, *self.shape[1:])[self.start : self.start + self.shape[0]]
 
     def transformed(self, values: np.ndarray) -> np.ndarray:
         return TRANSFORMS[self.transform](values) if self.transform else values
@@ -158,7 +163,7 @@ def save_checkpoint(network: Network, params: Params, folder: str | Path) -> Pat
 
 
 def _as_saved(slot: Slot, weight: np.ndarray) -> np.ndarray:
-    values = slot.transformed(weight[slot.start : slot.start + slot.shape[0]])
+    values = slot.transformed(slot.rows(weight))
     return np.ascontiguousarray(values.astype(weight.dtype, copy=False))
 
 
@@ -168,15 +173,18 @@ def checkpoint_slots(network: Network) -> dict[str, Slot]:
     for path, spec in network.specs.items():
         if path[:-1] in network.packed:
             continue
-        names = checkpoint_names(network.weight_names, path)
-        start = 0
-        # A merged weight is merged already in checkpoints whose row for it names no part.
-        for part, size in spec.parts if spec.parts and None not in names else ((None, spec.shape[0]),):
-            if part not in names:
-                raise ValueError(f"weight_names of {network.config.architecture} has no row for {path}, part {part!r}")
-            name, transform = names[part]
-            slots[name] = Slot(path, start, (size, *spec.shape[1:]), transform if len(spec.shape) > 1 else None)
-            start += size
+        start, shape = 0, spec.shape[1:] if spec.stacked else spec.shape
+        for expert in range(spec.shape[0] if spec.stacked else 1):
+            names = checkpoint_names(network.weight_names, path, expert)
+            # A merged weight is merged already in checkpoints whose row for it names no part.
+            for part, size in spec.parts if spec.parts and None not in names else ((None, shape[0]),):
+                if part not in names:
+                    raise ValueError(
+                        f"weight_names of {network.config.architecture} has no row for {path}, part {part!r}"
+                    )
+                name, transform = names[part]
+                slots[name] = Slot(path, start, (size, *shape[1:]), transform if len(shape) > 1 else None)
+                start += size
     return slots
 
 
@@ -215,12 +223,12 @@ def _jobs(
 def _read_plain(
     path: ParamPath, spec: ParamSpec, parts: list[tuple[Slot, CheckpointTensor]]
 ) -> dict[ParamPath, np.ndarray]:
-    if len(parts) == 1:
+    if len(parts) == 1 and parts[0][0].shape == spec.shape:
         slot, tensor = parts[0]
         return {path: slot.transformed(tensor.read()).astype(spec.dtype, copy=False)}
     values = np.empty(spec.shape, spec.dtype)
     for slot, tensor in parts:
-        values[slot.start : slot.start + slot.shape[0]] = slot.transformed(tensor.read())
+        slot.rows(values)[...] = slot.transformed(tensor.read())
     return {path: values}
 
 

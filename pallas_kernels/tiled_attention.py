@@ -45,7 +45,7 @@ class Tiles(NamedTuple):
 def attend(
     q: jax.Array,
     k_pages: jax.Array,
-    v_pages: jax.Array,
+    v_pages: jax.Array | None,
     page_table: jax.Array,
     tiles: Tiles,
     *,
@@ -56,11 +56,13 @@ def attend(
     alibi_slopes: jax.Array | None = None,
     k_scales: jax.Array | None = None,
     v_scales: jax.Array | None = None,
+    value_dim: int | None = None,
 ) -> jax.Array:
     """Causal attention of every query in a tile over its row's pages.
 
-    q [T, N, H]; k_pages, v_pages [P, K, page_size, H]; page_table i32[S, W]. The options are paged_decode's. Returns
-    [T, N, H] in q's dtype, zeros for tokens in no tile.
+    q [T, N, H]; k_pages, v_pages [P, K, page_size, H]; page_table i32[S, W]. The options are paged_decode's. Where
+    v_pages is None, a token's values are the first `value_dim` elements of its key, and are not fetched again.
+    Returns [T, N, H or value_dim] in q's dtype, zeros for tokens in no tile.
     """
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.astype(jnp.float32)
@@ -79,19 +81,32 @@ def attend(
 
         tile_tokens = of_group(tokens)
         tile_q = q.at[tile_tokens].get(mode="fill", fill_value=0)
-        keys, values = _Pages(k_pages, k_scales), _Pages(v_pages, v_scales)
         tile_out = _attend_group(
-            tile_q, of_group(positions), page_table[of_group(rows)], keys, values, chunk_pages,
+            tile_q, of_group(positions), page_table[of_group(rows)], kv, chunk_pages,
             _Scoring(scale, window, soft_cap, alibi_slopes),
         )  # fmt: skip
         return out.at[tile_tokens].set(tile_out.astype(out.dtype), mode="drop")
 
-    return lax.fori_loop(0, (tiles.count + group - 1) // group, attend_to_group, jnp.zeros_like(q))
+    values = None if v_pages is None else _Pages(v_pages, v_scales)
+    kv = _KV(_Pages(k_pages, k_scales), values, value_dim if v_pages is None else v_pages.shape[3])
+    out = jnp.zeros((*q.shape[:2], kv.value_dim), q.dtype)
+    return lax.fori_loop(0, (tiles.count + group - 1) // group, attend_to_group, out)
 
 
 class _Pages(NamedTuple):
     pages: jax.Array  # [P, K, page_size, H]
     scales: jax.Array | None  # f32[P, K, page_size] of a token's 8-bit values
+
+
+class _KV(NamedTuple):
+    keys: _Pages
+    values: _Pages | None  # None: the first value_dim elements of the keys
+    value_dim: int
+
+    def gather(self, ids):
+        """Keys and values at the page ids i32[G, C]: float32 [G, K, C * page_size, H] and [.., value_dim]."""
+        keys = _gather(self.keys, ids)
+        return keys, keys[..., : self.value_dim] if self.values is None else _gather(self.values, ids)
 
 
 class _Scoring(NamedTuple):
@@ -124,10 +139,11 @@ class _Scoring(NamedTuple):
         return jnp.maximum(first_query - (self.window - 1), 0)
 
 
-def _attend_group(q, positions, page_rows, keys, values, chunk_pages, scoring):
-    """q [G, B, N, H], positions i32[G, B], page_rows i32[G, W], W a multiple of chunk_pages -> float32 [G, B, N, H]."""
+def _attend_group(q, positions, page_rows, kv, chunk_pages, scoring):
+    """q [G, B, N, H], positions i32[G, B], page_rows i32[G, W], W a multiple of chunk_pages -> float32 [G, B, N, V]."""
     G, B, N, H = q.shape
-    K, page_size = keys.pages.shape[1:3]
+    K, page_size = kv.keys.pages.shape[1:3]
+    V = kv.value_dim
     R = N // K  # query heads that share a KV head
     # M = (R, B): the queries that meet the same keys are the rows of one matrix product; K and V are never repeated.
     q = q.astype(jnp.float32).reshape(G, B, K, R, H).transpose(0, 2, 3, 1, 4).reshape(G, K, R * B, H)
@@ -136,11 +152,11 @@ def _attend_group(q, positions, page_rows, keys, values, chunk_pages, scoring):
     chunk = chunk_pages * page_size
 
     def add_chunk(i, state):
-        # running maximum [G, K, M], sum of exponentials [G, K, M], weighted values [G, K, M, H]
+        # running maximum [G, K, M], sum of exponentials [G, K, M], weighted values [G, K, M, V]
         top, total, acc = state
         ids = lax.dynamic_slice_in_dim(page_rows, i * chunk_pages, chunk_pages, axis=1)
         key_positions = i * chunk + jnp.arange(chunk)
-        k, v = _gather(keys, ids), _gather(values, ids)
+        k, v = kv.gather(ids)
         # A weight of zero does not silence a NaN: what lies past the row's end is replaced, not only masked.
         v = jnp.where((key_positions <= last_position[:, None])[:, None, :, None], v, 0)
         distances = query_positions - key_positions
@@ -151,15 +167,15 @@ def _attend_group(q, positions, page_rows, keys, values, chunk_pages, scoring):
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0)
         decay = jnp.exp(top - new_top)
         total = total * decay + weights.sum(axis=-1)
-        acc = acc * decay[..., None] + jnp.einsum("gkmc,gkch->gkmh", weights, v)
+        acc = acc * decay[..., None] + jnp.einsum("gkmc,gkcv->gkmv", weights, v)
         return new_top, total, acc
 
-    start = jnp.full((G, K, R * B), MASKED), jnp.zeros((G, K, R * B)), jnp.zeros((G, K, R * B, H))
+    start = jnp.full((G, K, R * B), MASKED), jnp.zeros((G, K, R * B)), jnp.zeros((G, K, R * B, V))
     # last_position // chunk + 1 chunks reach the farthest query's own key; none if the group has no query.
     num_chunks = jnp.minimum(last_position.max() // chunk + 1, page_rows.shape[1] // chunk_pages)
     _, total, acc = lax.fori_loop(scoring.first_key(positions) // chunk, num_chunks, add_chunk, start)
     out = acc / jnp.where(total == 0, 1, total)[..., None]
-    return out.reshape(G, K, R, B, H).transpose(0, 3, 1, 2, 4).reshape(G, B, N, H)
+    return out.reshape(G, K, R, B, V).transpose(0, 3, 1, 2, 4).reshape(G, B, N, V)
 
 
 def _gather(source, ids):

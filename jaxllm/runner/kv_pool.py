@@ -20,7 +20,7 @@ class OutOfMemory(RuntimeError):
 def page_bytes(network: Network, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes of one page, over all layers, K and V."""
     shapes = network.kv_shapes(1, page_size)
-    return sum(math.prod(shape) for pair in shapes for shape in pair) * jnp.dtype(dtype).itemsize
+    return sum(math.prod(shape) for pair in shapes for shape in pair if shape is not None) * jnp.dtype(dtype).itemsize
 
 
 def pages_in(budget: int, bytes_a_page: int) -> int:

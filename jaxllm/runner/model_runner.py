@@ -150,7 +150,10 @@ class ModelRunner:
     def _abstract_state(self, num_pages: int) -> tuple[KVPages, DeviceState]:
         """What a step is given and returns, as shapes."""
         seqs, kv_shapes = self.config.max_num_seqs, self.network.kv_shapes(num_pages, self.config.block_size)
-        kv = tuple(LayerKV(*(jax.ShapeDtypeStruct(shape, self._kv_dtype) for shape in pair)) for pair in kv_shapes)
+        kv = tuple(
+            LayerKV(*(None if shape is None else jax.ShapeDtypeStruct(shape, self._kv_dtype) for shape in pair))
+            for pair in kv_shapes
+        )
         table = jax.ShapeDtypeStruct((seqs, self.max_pages), jnp.int32)
         return kv, DeviceState(table, jax.ShapeDtypeStruct((seqs,), jnp.int32))
 

@@ -3,6 +3,8 @@
 Decode rows and prefill rows have a kernel each; what a step holds of either is read from the StepBatch.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,18 +37,29 @@ def paged_attention(
     attend = dict(scale=scale, window=window, soft_cap=soft_cap, alibi_slopes=alibi_slopes)
     k_pages, v_pages = kv_write(kv.k, kv.v, k.astype(kv.k.dtype), v.astype(kv.v.dtype), batch.slots)
     kv = LayerKV(k_pages, v_pages)
-    if batch.decode_only:
-        return paged_decode(q, *kv, batch.page_table, batch.kv_lens, **attend), kv
+    out = by_phase(
+        q,
+        batch,
+        decode=lambda q, *rows: paged_decode(q, *kv, *rows, **attend),
+        prefill=lambda q, *rows: ragged_prefill(q, *kv, *rows, **attend),
+    )
+    return out, kv
 
+
+def by_phase(
+    q: jax.Array, batch: StepBatch, *, decode: Callable[..., jax.Array], prefill: Callable[..., jax.Array]
+) -> jax.Array:
+    """Attention of q [T, N, H]: `decode`(q, page_table, kv_lens) for the decode rows, `prefill`(q, page_table, kv_lens,
+    query_starts) for the others."""
+    if batch.decode_only:
+        return decode(q, batch.page_table, batch.kv_lens)
     # Decode rows come first with one token each, so they start where they would in a decode-only batch. Each kernel
     # is told that the other's rows are empty. (There are at most T of them, should T be less than S.)
     rows = min(batch.kv_lens.shape[0], q.shape[0])
     is_decode = jnp.arange(rows, dtype=jnp.int32) < batch.num_decodes
-    decode_lens = jnp.where(is_decode, batch.kv_lens[:rows], 0)
-    decoded = paged_decode(q[:rows], *kv, batch.page_table[:rows], decode_lens, **attend)
-    prefill_starts = jnp.maximum(batch.query_starts, batch.num_decodes)
-    out = ragged_prefill(q, *kv, batch.page_table, batch.kv_lens, prefill_starts, **attend)
-    return out.at[:rows].set(jnp.where(is_decode[:, None, None], decoded, out[:rows])), kv
+    decoded = decode(q[:rows], batch.page_table[:rows], jnp.where(is_decode, batch.kv_lens[:rows], 0))
+    out = prefill(q, batch.page_table, batch.kv_lens, jnp.maximum(batch.query_starts, batch.num_decodes))
+    return out.at[:rows].set(jnp.where(is_decode[:, None, None], decoded, out[:rows]))
 
 
 class Attention(nnx.Module):
@@ -63,13 +76,20 @@ class Attention(nnx.Module):
         out_bias: bool,
         dtype,
         initializer: Initializer,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        norm: Callable[[int], nnx.Module] | None = None,
         interleaved_rope: bool = False,
         alibi: bool = False,
     ):
+        """`scale` is head_dim ** -0.5 unless given; `norm` makes the norm of each head's queries and of its keys."""
         self.head_dim = head_dim
+        self.attend = dict(scale=head_dim**-0.5 if scale is None else scale, window=window, soft_cap=soft_cap)
+        self.q_norm = None if norm is None else norm(head_dim)
+        self.k_norm = None if norm is None else norm(head_dim)
         self.interleaved_rope = interleaved_rope
         self.alibi_slopes = alibi_slopes(num_heads) if alibi else None
-        self.scale = head_dim**-0.5
         self.qkv = Linear(
             hidden_size,
             {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim},
@@ -93,10 +113,12 @@ class Attention(nnx.Module):
         """x [T, D]; cos, sin [T, rotary_dim / 2], or None for no rotation -> ([T, D], kv with this step's tokens)."""
         num_tokens = x.shape[0]
         q, k, v = (part.reshape(num_tokens, -1, self.head_dim) for part in self.qkv.split(x))  # [T, N or K, H]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
             q, k = (rotate(part, cos, sin, interleaved=self.interleaved_rope) for part in (q, k))
         slopes = None if self.alibi_slopes is None else jnp.asarray(self.alibi_slopes, jnp.float32)
-        out, kv = paged_attention(self.scaled(q, batch), k, v, kv, batch, scale=self.scale, alibi_slopes=slopes)
+        out, kv = paged_attention(self.scaled(q, batch), k, v, kv, batch, alibi_slopes=slopes, **self.attend)
         return self.out(out.reshape(num_tokens, -1)), kv
 
     def scaled(self, q: jax.Array, batch: StepBatch) -> jax.Array:

@@ -1,7 +1,7 @@
 """Linear layers, and the only home of matrix products with weights, be they float ones or quantized.
 
 A weight has the checkpoint's orientation, [out, in], and is contracted on its last axis, so that loading transposes
-nothing.
+nothing (but GPT-2's).
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,36 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
 
     Float32 operands are multiplied as float32: on a GPU the default would round them to TF32 first.
     """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x,
         weight,
         dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
-        precision=precision,
+        precision=_precision(x),
         preferred_element_type=jnp.dtype(out_dtype or x.dtype),
+    )
+
+
+def _precision(x: jax.Array):
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def per_head(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, N, in], each head times its own matrix of weight [N, in, out] -> [T, N, out]. Precision as in `matmul`."""
+    return jnp.einsum("tni,nio->tno", x, weight, precision=_precision(x))
+
+
+def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """x [M, in], of which each of E consecutive groups, of group_sizes i32[E] rows, meets its own matrix of weight
+    [E, out, in] -> [M, out]. Rows past the last group's hold anything. Precision as in `matmul`."""
+    return jax.lax.ragged_dot_general(
+        x,
+        weight,
+        group_sizes,
+        ragged_dot_dimension_numbers=jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+        ),
+        precision=_precision(x),
+        preferred_element_type=x.dtype,
     )
 
 

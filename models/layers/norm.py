@@ -8,16 +8,31 @@ from jaxllm.models.layers.param import ones, param, zeros
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, size: int, *, eps: float, dtype):
+    def __init__(self, size: int, *, eps: float, dtype, axis: str | None = "embed"):
         self.eps = eps
-        self.weight = param((size,), dtype, ("embed",), ones)
+        self.weight = param((size,), dtype, (axis,), ones)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [T, D] -> [T, D]. Normalizes in float32, rounds to x's dtype, only then scales: as transformers does."""
-        x32 = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return normed * self.weight[...][None, :]
+        """x [..., D] -> [..., D]. Normalizes in float32, rounds to x's dtype, then scales: as transformers does."""
+        return normalized(x, self.eps).astype(x.dtype) * self.weight[...]
+
+
+class OffsetRMSNorm(nnx.Module):
+    """Gemma's: the scale is 1 + weight, and is applied before rounding to x's dtype."""
+
+    def __init__(self, size: int, *, eps: float, dtype, axis: str | None = "embed"):
+        self.eps = eps
+        self.weight = param((size,), dtype, (axis,), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D]."""
+        return (normalized(x, self.eps) * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
+def normalized(x: jax.Array, eps: float) -> jax.Array:
+    """x [..., D] over its root mean square, in float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
 
 
 class LayerNorm(nnx.Module):

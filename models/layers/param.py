@@ -21,6 +21,9 @@ class ParamSpec:
 
     `parts` names consecutive slices of axis 0, `((name, size), ...)`, where a weight is several of the checkpoint's
     tensors merged into one (q, k and v; gate and up). It is empty for any other weight.
+
+    A `stacked` weight has one matrix an expert: axis 0 counts them, each is a tensor of the checkpoint, and `parts`
+    names slices of axis 1.
     """
 
     shape: tuple[int, ...]
@@ -28,12 +31,13 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     initializer: Initializer
     parts: tuple[tuple[str, int], ...] = ()
+    stacked: bool = False
 
     def __post_init__(self):
         if len(self.axes) != len(self.shape):
             raise ValueError(f"axes={self.axes} must name each dimension of shape={self.shape}")
-        if self.parts and sum(size for _, size in self.parts) != self.shape[0]:
-            raise ValueError(f"parts={self.parts} must add up to the first dimension of shape={self.shape}")
+        if self.parts and sum(size for _, size in self.parts) != self.shape[self.stacked]:
+            raise ValueError(f"parts={self.parts} must add up to dimension {int(self.stacked)} of shape={self.shape}")
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:
@@ -46,9 +50,10 @@ def param(
     axes: tuple[str | None, ...],
     initializer: Initializer,
     parts: Mapping[str, int] | None = None,
+    stacked: bool = False,
 ) -> nnx.Param:
     """A weight of an NNX module. It holds no array, only its declaration: arrays are joined to it at trace time."""
-    spec = ParamSpec(tuple(shape), jnp.dtype(dtype), tuple(axes), initializer, tuple((parts or {}).items()))
+    spec = ParamSpec(tuple(shape), jnp.dtype(dtype), tuple(axes), initializer, tuple((parts or {}).items()), stacked)
     return nnx.Param(spec.abstract, spec=spec)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxllm.models.layers.param import Initializer, param
 from jaxllm.models.quantization.scheme import Canonical, Layout
-from pallas_kernels.quant_matmul import QuantizedWeight, abstract, dequantize, pack, quant_matmul
+from pallas_kernels.quant_matmul import QuantizedWeight, abstract, pack, quant_matmul
 
 # The standard deviation of random codes around their zero: what a random weight's scale is divided by.
 _SPREAD = {"int4": 4.6, "int8": 74.0, "fp8": 0.6}
@@ -50,14 +50,6 @@ class QuantizedMatrix(nnx.Module):
         """x [..., in] -> [..., out], in `out_dtype` (x's when None)."""
         return quant_matmul(x, self.weight, out_dtype=out_dtype)
 
-    def __getitem__(self, index) -> jax.Array:
-        """The dequantized matrix, float32 [out, in], indexed as the float weight in its place would be."""
-        weight = self.weight
-        values = dequantize(weight)
-        if weight.permutation is not None:
-            values = jnp.zeros_like(values).at[:, weight.permutation].set(values)
-        return values[index]
-
 
 class QuantizedParts(nnx.Module):
     """Several packed weights over one input, where each has its columns in an order of its own."""
@@ -70,10 +62,6 @@ class QuantizedParts(nnx.Module):
     def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
         """x [..., in] -> [..., out], the parts' outputs side by side."""
         return jnp.concatenate([getattr(self, name)(x, out_dtype) for name in self.names], axis=-1)
-
-    def __getitem__(self, index) -> jax.Array:
-        """As QuantizedMatrix's."""
-        return jnp.concatenate([getattr(self, name)[...] for name in self.names])[index]
 
 
 def abstract_weight(out_features: int, in_features: int, layout: Layout) -> QuantizedWeight:

@@ -22,12 +22,15 @@ class Rope:
     def __call__(self, positions: jax.Array, seq_lens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """positions i32[T] -> (cos, sin), float32 [T, rotary_dim / 2].
 
-        seq_lens i32[T] is the length of each token's sequence, which type "dynamic" alone looks at: see
+        seq_lens i32[T] is the length of each token's sequence, which types "dynamic" and "longrope" alone look at: see
         `sequence_lengths`.
         """
         inv_freq = self.inv_freq[None, :]
         if self.config.rope_type == "dynamic":
             inv_freq = _dynamic_inverse_frequencies(self.config, inv_freq, seq_lens)
+        elif self.config.rope_type == "longrope":
+            long = _rescaled(self.config, self.config.long_factors)[None, :]
+            inv_freq = jnp.where((seq_lens > self.config.max_positions)[:, None], long, inv_freq)
         angles = positions.astype(jnp.float32)[:, None] * inv_freq
         return jnp.cos(angles) * self.config.attention_factor, jnp.sin(angles) * self.config.attention_factor
 
@@ -51,9 +54,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = 
 def sequence_lengths(positions: jax.Array, prompt_lens: jax.Array, seq_ids: jax.Array) -> jax.Array:
     """i32[T]: the length that each token's sequence had when the token was first computed.
 
-    transformers recomputes dynamic frequencies from the longest position of each call, which is the prompt's length for
-    a prompt's tokens and position + 1 for a generated one. Taken per token, it no longer depends on chunking,
-    preemption or batch mates.
+    transformers picks dynamic and longrope frequencies by the longest position of each call, which is the prompt's
+    length for a prompt's tokens and position + 1 for a generated one. Taken per token, it no longer depends on
+    chunking, preemption or batch mates. (When a generated token takes a sequence past the trained length, `generate` of
+    transformers computes longrope's KV again with the long factors; here the tokens before it keep the short ones.)
     """
     return jnp.maximum(prompt_lens[seq_ids], positions + 1)
 
@@ -64,6 +68,8 @@ def inverse_frequencies(config: RopeConfig) -> np.ndarray:
     match config.rope_type:
         case "default" | "dynamic":
             return inv_freq
+        case "longrope":
+            return _rescaled(config, config.short_factors)
         case "linear":
             return inv_freq / np.float32(config.factor)
         case "llama3":
@@ -90,6 +96,11 @@ def _dynamic_inverse_frequencies(config: RopeConfig, inv_freq: np.ndarray, seq_l
     base = config.theta * jnp.maximum(stretch, 1.0) ** (dim / (dim - 2))
     scaled = 1.0 / base[:, None] ** _exponents(config)[None, :]
     return jnp.where((seq_lens > config.max_positions)[:, None], scaled, inv_freq)
+
+
+def _rescaled(config: RopeConfig, factors: tuple[float, ...]) -> np.ndarray:
+    """LongRoPE (Ding et al. 2024): each dimension's period has a factor of its own, found by search."""
+    return 1 / (np.asarray(factors, np.float32) * _period_scale(config))
 
 
 def _llama3(config: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:

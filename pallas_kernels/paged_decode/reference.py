@@ -14,13 +14,17 @@ _BLOCKS = {"cpu": BlockSizes(queries=1, tiles=8, keys=64), "gpu": BlockSizes(que
 @functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def paged_decode(q, k_pages, v_pages, page_table, kv_lens, *, scale, **options):
     """See pallas_kernels.paged_decode."""
+    blocks = _BLOCKS.get(jax.default_backend(), _BLOCKS["gpu"])
+    return attend(q, k_pages, v_pages, page_table, tile_per_row(kv_lens), scale=scale, blocks=blocks, **options)
+
+
+def tile_per_row(kv_lens: jax.Array) -> Tiles:
+    """A tile of one query, the last token's, for each row in use."""
     # Rows of like length go together: a group of tiles takes as long as its longest row, and unused rows come last.
     order = jnp.argsort(-kv_lens).astype(jnp.int32)
-    tiles = Tiles(
+    return Tiles(
         tokens=order[:, None],
         positions=(kv_lens - 1)[order][:, None],
         rows=order,
         count=jnp.sum(kv_lens > 0),
     )
-    blocks = _BLOCKS.get(jax.default_backend(), _BLOCKS["gpu"])
-    return attend(q, k_pages, v_pages, page_table, tiles, scale=scale, blocks=blocks, **options)

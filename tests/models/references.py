@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path, config: dict, tensors: dict, **files) -> Path
     """config.json and the weights; `files` as in `write_tensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder, **files)
+    write_tensors({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, folder, **files)
     return folder
 
 
@@ -163,3 +163,17 @@ def attend(q, k, v, *, bias=None):
     scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(torch.ones(num_tokens, num_tokens).triu(1).bool(), float("-inf"))
     return torch.einsum("nqk,knh->qnh", scores.softmax(-1), v).reshape(num_tokens, -1)
+
+
+# Models that transformers has.
+
+
+def made_by_transformers(folder: Path, config: dict) -> Reference:
+    """A random checkpoint of a published config: the tensors as transformers writes them, config.json as given."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    copy = json.loads(json.dumps(config))  # transformers changes the dicts that it is given
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy), attn_implementation="eager")
+    randomize(model).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return of_transformers(model)

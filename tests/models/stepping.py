@@ -35,7 +35,7 @@ class Stepper:
         random = np.random.default_rng(0)
         self.free = list(map(int, random.permutation(num_pages)))
         self.kv = tuple(
-            LayerKV(*(jnp.asarray(100 * random.standard_normal(shape), network.dtype) for shape in shapes))
+            LayerKV(*(shape and jnp.asarray(100 * random.standard_normal(shape), network.dtype) for shape in shapes))
             for shapes in network.kv_shapes(num_pages, page_size)
         )
         self._run = jax.jit(self._forward)

@@ -228,7 +228,7 @@ BAD = {
     "residual": ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True"),
     "quantized": ({"quantization_bit": 4}, "quantization_bit=4 is not supported; allowed: 0"),
     "prefix tuning": ({"pre_seq_len": 128}, "pre_seq_len=128"),
-    "groups": ({"multi_query_group_num": 3}, "must divide num_attention_heads=32"),
+    "groups": ({"multi_query_group_num": 3}, "multi_query_group_num=3 must divide num_attention_heads=32"),
     "rope_ratio": ({"rope_ratio": "500"}, "rope_ratio='500' must be a finite number"),
 }
 

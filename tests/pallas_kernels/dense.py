@@ -37,10 +37,10 @@ def random_pages(rng, kv_lens, *, width, num_pages, K, H, page_size, dtype="floa
 
 
 def attend(q, keys, values, scale, *, window=None, soft_cap=None, alibi_slopes=None) -> np.ndarray:
-    """One query [N, H], the last key's, over keys and values [n, K, H] -> [N, H], float64."""
+    """One query [N, H], the last key's, over keys [n, K, H] and values [n, K, V] -> [N, V], float64."""
     group = q.shape[0] // keys.shape[1]
     distances = np.arange(len(keys))[::-1]
-    out = np.zeros(q.shape)
+    out = np.zeros((q.shape[0], values.shape[2]))
     for head in range(q.shape[0]):
         scores = keys[:, head // group] @ q[head].astype(np.float64) * scale
         if soft_cap is not None:

@@ -84,4 +84,5 @@ def test_rotation_by_hand():
     x = jnp.arange(6, dtype=jnp.float32).reshape(1, 1, 6)  # pairs (0, 2) and (1, 3); 4 and 5 are beyond rotary_dim
     cos, sin = jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 0.0]])  # a quarter turn, none
     np.testing.assert_array_equal(rotate(x, cos, sin)[0, 0], [-2, 1, 0, 3, 4, 5])
+    np.testing.assert_array_equal(rotate(x, cos, sin, interleaved=True)[0, 0], [-1, 0, 2, 3, 4, 5])  # (0, 1), (2, 3)
     assert rotate(x.astype(jnp.bfloat16), cos, sin).dtype == jnp.bfloat16

@@ -174,19 +174,6 @@ def test_random_weights_fit_the_declarations(tmp_path):
         assert np.all(np.isfinite(logits)) and logits.std() > 0
 
 
-def test_packed_weight_gives_its_matrix(tmp_path):
-    from jaxllm.models.layers.quantized import QuantizedMatrix, pack_weight
-    from jaxllm.models.quantization import read_quantization
-
-    scheme = read_quantization({"quantization_config": GPTQ | {"desc_act": True}}).scheme("any")
-    tensors, values = formats.gptq(np.random.default_rng(0), 64, 96, desc_act=True)
-    matrix = QuantizedMatrix(64, 96, scheme.layout, ("a", "b"))
-    for name, array in pack_weight(scheme.canonical(tensors), scheme.layout).items():
-        getattr(matrix, name).set_value(jax.numpy.asarray(array))
-    np.testing.assert_allclose(matrix[...], values, rtol=1e-6)
-    np.testing.assert_allclose(matrix[3:5], values[3:5], rtol=1e-6)
-
-
 def test_quantized_network_is_not_saved(tmp_path):
     network = build(read_config(CONFIG | {"quantization_config": GPTQ}))
     with pytest.raises(ValueError, match="quantized network cannot be saved"):
