@@ -10,6 +10,8 @@ from jaxllm.models.layers.quantized import pack_weight
 from jaxllm.models.quantization.apply import PackedPart
 from jaxllm.models.quantization.scheme import Canonical, Quantization, concatenate, dequantize
 
+_FLOAT_NAMES = ("weight", "bias")  # what a layer that is not quantized has at most
+
 
 def problems_of(layer: PackedPart, tensors: Mapping[str, CheckpointTensor]) -> list[str]:
     """What is wrong with the tensors of a layer, by the files' headers alone."""
@@ -48,15 +50,18 @@ def with_floats(
       float_shapes: the tensors that are to be floats, with their shapes.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
+    quantized = {layer for layer, _, last in (name.rpartition(".") for name in by_name) if last not in _FLOAT_NAMES}
     dropped, added = set(), []
     for name, shape in float_shapes.items():
         layer_name, _, last = name.rpartition(".")
-        scheme = quantization.scheme(layer_name) if last == "weight" and len(shape) == 2 else None
+        if last != "weight" or len(shape) != 2 or layer_name not in quantized:
+            continue
+        scheme = quantization.scheme(layer_name)
         if scheme is None:
             continue
         layer = PackedPart(layer_name, *shape, scheme, has_bias=f"{layer_name}.bias" in float_shapes)
-        found = {one: by_name[one] for one in layer.stored() if one in by_name}
-        if found.keys() - {name} and not problems_of(layer, by_name):
+        if not problems_of(layer, by_name):
+            found = {one: by_name[one] for one in layer.stored() if one in by_name}
             dropped |= found.keys()
             read, file = partial(_read_floats, layer, found), next(iter(found.values())).file
             added.append(CheckpointTensor(name, file, shape, "float32", read))

@@ -92,7 +92,7 @@ def write(folder, quantization, packer, options, **config):
     quantized, values = {}, {}
     for name, slot in checkpoint_slots(floats).items():
         layer, _, last = name.rpartition(".")
-        if ".layers." in name and "norm" not in name and last == "weight":
+        if ".layers." in name and "norm" not in name and not layer.endswith("gate") and last == "weight":
             tensors, values[name] = packer(rng, *slot.shape, **options)
             quantized |= {f"{layer}.{part}": np.ascontiguousarray(tensor) for part, tensor in tensors.items()}
         else:
@@ -246,3 +246,21 @@ def test_parts_of_a_merged_layer_must_be_alike():
     quantization = W8A8 | {"ignore": ["lm_head", "re:.*q_proj"]}
     with pytest.raises(ValueError, match=r"q_proj, .*k_proj, .*v_proj are one weight here"):
         build(read_config(CONFIG | {"quantization_config": quantization}))
+
+
+MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize("variant", ["gptq desc_act", "fp8 blocks"])
+def test_experts_become_floats_while_loading(variant, tmp_path):
+    reference = write(tmp_path, *VARIANTS[variant], **MOE)
+    network, params = load(tmp_path)
+    assert params["layers"]["0"]["mlp"]["experts"]["down"]["weight"].dtype == np.float32
+    assert "codes" in params["layers"]["0"]["mlp"]["shared"]["down"]["weight"]
+    assert_same((network, params), reference)
