@@ -1,4 +1,4 @@
-"""The command line: jaxllm generate, jaxllm chat and jaxllm models. Engine flags are generated from EngineConfig."""
+"""The command line: generate, chat, models, inspect and merge-lora. Engine flags are generated from EngineConfig."""
 
 from __future__ import annotations
 
@@ -56,7 +56,26 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
         add_sampling_flags(command)
         add_engine_flags(command)
+    _add_checkpoint_commands(commands)
     return top
+
+
+def _add_checkpoint_commands(commands: Any) -> None:
+    """Those that look at weights or write them, and generate nothing."""
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint is", description="Says what a checkpoint is and what fits; reads no weights."
+    )
+    inspect.add_argument("path", help="folder or hub id of a checkpoint")
+    add_engine_flags(inspect)
+    inspect.set_defaults(run=run_inspect)
+    merge = commands.add_parser(
+        "merge-lora", help="write a checkpoint with an adapter", description="Merges a LoRA adapter into a checkpoint."
+    )
+    for name, text in (("model", "folder of the checkpoint"), ("adapter", "folder of the adapter"), ("out", "written")):
+        merge.add_argument(name, help=text)
+    merge.set_defaults(run=run_merge_lora)
+    for command in (inspect, merge):
+        command.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
 
 
 def add_engine_flags(command: argparse.ArgumentParser) -> None:
@@ -169,6 +188,20 @@ def run_models(args: argparse.Namespace) -> int:
         print(f"  {architecture:{width}}  {known_as}".rstrip())
     print(f"Weights, the first that is there: {', '.join(WEIGHT_FILES)}")
     print(f"Data types: {', '.join(DTYPES)}")
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from jaxllm.inspection import inspect
+
+    print("\n".join(inspect(EngineConfig.create(**(engine_args(args) | {"model": args.path}))).lines))
+    return 0
+
+
+def run_merge_lora(args: argparse.Namespace) -> int:
+    from jaxllm.models.lora import merge_checkpoint
+
+    print(merge_checkpoint(args.model, args.adapter, args.out))
     return 0
 
 

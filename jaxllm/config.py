@@ -12,6 +12,7 @@ from jaxllm.validation import check_known
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "vllm")
+QUANTIZATIONS = ("int8", "fp8", "int4", "gptq", "awq", "compressed-tensors")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -38,6 +39,13 @@ class EngineConfig:
         "auto", "auto: sampling defaults from generation_config.json; vllm: none from there", GENERATION_CONFIGS
     )
     dtype: str = option("auto", "of weights and KV; auto: the checkpoint's on a GPU, float32 on a CPU", DTYPES)
+    quantization: str | None = option(
+        None,
+        "int8, fp8, int4: round the weights to it while loading; gptq, awq, fp8, compressed-tensors: require a "
+        "checkpoint of that kind, which is recognized without",
+        QUANTIZATIONS,
+    )
+    lora: str | None = option(None, "folder of a PEFT LoRA adapter to merge into the weights while loading")
     seed: int = option(0, "of the requests that bring no seed of their own, and of random weights")
     max_model_len: int | None = option(None, "longest sequence, prompt and answer; none: the model's")
     tensor_parallel_size: int = option(1, "GPUs to spread one model over; only 1 so far")
@@ -62,7 +70,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             choices = one.metadata["choices"]
-            if choices and getattr(self, one.name) not in choices:
+            if choices and getattr(self, one.name) not in (*choices, one.default):
                 raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {getattr(self, one.name)!r}")
         for name in _POSITIVE:
             self._check_integer(name, 1)

@@ -70,16 +70,17 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     claim_device_memory(config.gpu_memory_utilization)
     import jax
 
-    from jaxllm.models.registry import build, read_config
+    from jaxllm.models.registry import build, quantized, read_config
     from jaxllm.runner.kv_pool import device_memory
     from jaxllm.runner.model_runner import ModelRunner
 
     checkpoint = open_checkpoint(config)
     if checkpoint.folder is None and params is None and config.load_format != "dummy":
         raise ValueError('model is a config without weights: pass params=, or load_format="dummy" for random weights')
-    model_config = read_config(checkpoint.config)
+    model_config = quantized(read_config(checkpoint.config), config.quantization)
+    adapter = _read_adapter(config, checkpoint, params)
     device = jax.devices()[0]
-    network = build(model_config, _dtype(config.dtype, model_config.dtype, device.platform))
+    network = build(model_config, network_dtype(config.dtype, model_config.dtype, device.platform))
     memory = device_memory(device)
     resolved = resolve(
         config,
@@ -89,7 +90,7 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     tokenizer = _load_tokenizer(config, checkpoint)
     if tokenizer is not None:
         tokenizer.fit_vocabulary(model_config.vocab_size)
-    params = _load_params(config, network, checkpoint, params)
+    params = _load_params(config, network, checkpoint, params, adapter)
     loaded = time.perf_counter()
     runner = ModelRunner(network, params, resolved, shrink_model_len=config.max_model_len is None)
     engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer))
@@ -137,7 +138,18 @@ def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer |
     return Tokenizer(config.tokenizer, checkpoint.config, name)
 
 
-def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, params: Any) -> Any:
+def _read_adapter(config: EngineConfig, checkpoint: Checkpoint, params: Any) -> Any:
+    """The LoRA adapter that the configuration names; its config is checked here."""
+    if config.lora is None:
+        return None
+    if checkpoint.folder is None or params is not None or config.load_format == "dummy":
+        raise ValueError(f"lora={config.lora!r} needs a checkpoint's weights: not params=, nor load_format='dummy'")
+    from jaxllm.models.lora import Adapter
+
+    return Adapter(config.lora)
+
+
+def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, params: Any, adapter: Any) -> Any:
     import jax
 
     from jaxllm.models.weights import check_params, load_params
@@ -147,7 +159,7 @@ def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, par
         return jax.device_put(params)
     if config.load_format == "dummy" or checkpoint.folder is None:
         return network.init(jax.random.key(config.seed))  # jitted as a whole it would compile for a minute
-    return load_params(network, checkpoint.folder, progress=config.use_tqdm_on_load)
+    return load_params(network, checkpoint.folder, adapter=adapter, progress=config.use_tqdm_on_load)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
@@ -158,7 +170,8 @@ def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[
     return list(dict.fromkeys(first + checkpoint.eos_token_ids + tokenizer.end_of_turn_ids))
 
 
-def _dtype(wanted: str, checkpoint: str, platform: str) -> str:
+def network_dtype(wanted: str, checkpoint: str, platform: str) -> str:
+    """The dtype of weights and activations: the one that is `wanted`; for "auto" the one that fits best."""
     if wanted != "auto":
         return wanted
     # XLA computes 16-bit floats on a CPU by way of float32, and slowly.

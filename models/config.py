@@ -6,11 +6,14 @@ key, the value and what is allowed.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxllm.models.layers.mlp import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from jaxllm.models.quantization import Quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -99,6 +102,7 @@ class ModelConfig:
     dtype: str  # the checkpoint's: what dtype "auto" means
     alibi: bool = False  # attention scores fall with the distance (ALiBi)
     windows: tuple[int | None, ...] = ()  # of each layer, how many keys a query sees; None: all. Empty: all, everywhere
+    quantization: "Quantization | None" = field(default=None, kw_only=True)  # set by registry.read_config
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
@@ -130,7 +134,6 @@ class ModelConfig:
         """
         get = cls.reader(config)
         config = get.config
-        _refuse_unsupported(config)
         hidden_size = get.integer("hidden_size")
         num_heads = get.integer("num_attention_heads")
         num_kv_heads = get.integer("num_key_value_heads", default=num_heads)
@@ -272,16 +275,6 @@ def _dtype(config: Mapping[str, Any]) -> str:
     if name not in DTYPES:
         raise ValueError(f"{key}={value!r} is not supported; allowed: {', '.join(DTYPES)}")
     return name
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(
-            f"quantization_config.quant_method={method!r}: quantized checkpoints are not supported; "
-            "use the model's float32, bfloat16 or float16 checkpoint"
-        )
 
 
 def _rope_from_hf(config: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:

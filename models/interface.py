@@ -8,6 +8,7 @@ V vocabulary.
 """
 
 import functools
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -97,10 +98,11 @@ class Network:
     tracing, so a step costs no walk through module objects.
     """
 
-    def __init__(self, module: nnx.Module, config: ModelConfig, dtype: jnp.dtype):
+    def __init__(self, module: nnx.Module, config: ModelConfig, dtype: jnp.dtype, packed: Mapping | None = None):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.module_class = type(module)
+        self.packed = packed or {}  # see quantization.apply.quantize_linears
         self.weight_names = module.weight_names
         self.ignored_weights = module.ignored_weights
         self.optional_prefixes: tuple[str, ...] = getattr(module, "optional_prefixes", ())
@@ -143,6 +145,21 @@ class Network:
     def _merge(self, params: Params) -> Any:
         flat = flatten_dict(params)
         return nnx.merge(self._graph, nnx.from_flat_state([(key, flat[path]) for path, key in self._keys.items()]))
+
+
+def checkpoint_names(
+    weight_names: tuple, path: tuple[str, ...], expert: int = 0
+) -> dict[str | None, tuple[str, str | None]]:
+    """A parameter's part (None: all of it) -> the checkpoint's name and a transform, from `Model.weight_names`.
+    `expert` is which matrix of a stacked weight."""
+    module, leaf = ".".join(path[:-1]), path[-1]
+    names = {}
+    for theirs, ours, *rest in weight_names:
+        match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
+        if match:
+            part, transform = (*rest, None, None)[:2]
+            names[part] = (f"{theirs.format(*match.groups(), expert)}.{leaf}", transform)
+    return names
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -4,6 +4,7 @@ Our models and other people's are in one table. Another package adds its own wit
 through the entry-point group "jaxllm.models", whose names are architectures and whose values are "module:Class".
 """
 
+import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 
 from jaxllm.models.config import DTYPES, ModelConfig, architecture_of
 from jaxllm.models.interface import Network
+from jaxllm.models.quantization import choose, read_quantization
+from jaxllm.models.quantization.apply import quantize_linears
 
 ENTRY_POINT_GROUP = "jaxllm.models"
 
@@ -94,23 +97,36 @@ def model_class(architecture: str) -> type:
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The dict of a config.json, checked by the class that its architecture names for it (`Model.config_class`).
+    """The dict of a config.json, checked by the class that its architecture names for it (`Model.config_class`), with
+    what it says of quantization.
 
     Raises: ValueError naming the key, its value and what is allowed.
     """
-    return getattr(model_class(architecture_of(config)), "config_class", ModelConfig).from_hf(config)
+    quantization = read_quantization(config)
+    config_class = getattr(model_class(architecture_of(config)), "config_class", ModelConfig)
+    return dataclasses.replace(config_class.from_hf(config), quantization=quantization)
+
+
+def quantized(config: ModelConfig, method: str | None) -> ModelConfig:
+    """The config of the network that a user wants: one of quantization.METHODS, or None for the checkpoint's own.
+
+    Raises: ValueError if the checkpoint is quantized in another way, or not at all where it has to be.
+    """
+    return dataclasses.replace(config, quantization=choose(config.quantization, method))
 
 
 def build(config: ModelConfig, dtype=None) -> Network:
     """The network of a config, its weights in `dtype` (float32, bfloat16 or float16; None: the checkpoint's own).
 
     No array is made: see `Network.init` and `weights.load_params`.
-    Raises: ValueError for an unsupported architecture or dtype.
+    Raises: ValueError for an unsupported architecture or dtype, or a layer whose shape cannot be quantized.
     """
     dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     if dtype.name not in DTYPES:
         raise ValueError(f"dtype={dtype.name!r} is not supported; allowed: {', '.join(DTYPES)}")
-    return Network(model_class(config.architecture)(config, dtype), config, dtype)
+    module = model_class(config.architecture)(config, dtype)
+    packed = None if config.quantization is None else quantize_linears(module, config.quantization)
+    return Network(module, config, dtype, packed)
 
 
 def _targets() -> dict[str, str | type]:

@@ -4,11 +4,11 @@ Names and shapes are derived from the network: its table of names and its weight
 missing, unused or of another shape is proven from the files' headers, before any value is read.
 """
 
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,14 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from jaxllm.models.checkpoint_files import CheckpointError, CheckpointTensor, list_tensors
-from jaxllm.models.interface import Network, Params
+from jaxllm.models.interface import Network, Params, checkpoint_names
+from jaxllm.models.layers.param import ParamSpec
+from jaxllm.models.lora import Adapter
+from jaxllm.models.quantization.checkpoint import problems_of, read_packed, with_floats
 
 ParamPath = tuple[str, ...]  # ("layers", "0", "attention", "qkv", "weight")
+
+_THREADS = 4  # a copy in each: one alone does not keep a GPU's link busy
 
 
 def _unit_rows(matrix: np.ndarray) -> np.ndarray:
@@ -58,13 +63,21 @@ class Slot:
         return TRANSFORMS[self.transform](values) if self.transform else values
 
 
-def load_params(network: Network, folder: str | Path, *, shardings: Any = None, progress: bool = True) -> dict:
-    """The parameters of a network, read from a checkpoint folder onto the device in the network's dtype.
+def load_params(
+    network: Network,
+    folder: str | Path,
+    *,
+    adapter: Adapter | None = None,
+    shardings: Any = None,
+    progress: bool = True,
+) -> dict:
+    """The parameters of a network, read from a checkpoint folder onto the device.
 
-    Streams: besides the device's arrays, memory holds one tensor, or the merged weights it is a part of.
+    Streams, with a few threads: besides the device's arrays, memory holds as many weights as there are threads.
 
     Args:
       folder: with model.safetensors or pytorch_model.bin, or with shards of either and their index.
+      adapter: to be merged into the weights, in float32, before they are rounded to the network's dtype.
       shardings: where the weights go: one Sharding or Device, or a tree of them like `network.abstract_params`; None
         for the default device.
       progress: show a progress bar.
@@ -72,18 +85,44 @@ def load_params(network: Network, folder: str | Path, *, shardings: Any = None, 
       shards; or a damaged file, with what to do about it.
     """
     slots = checkpoint_slots(network)
-    tensors = _fully_named(network, slots, list_tensors(Path(folder)))
-    _raise_if(_problems_of_tensors(network, slots, tensors), f"{folder} does not fit {network.config.architecture}")
+    tensors = _fitting_tensors(network, slots, Path(folder), adapter)
     targets = _targets(network, shardings)
-    total = sum(spec.abstract.size for spec in network.specs.values()) * network.dtype.itemsize
-    params = {}
-    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
-        for path, values in _stream(network, slots, tensors):
-            # Waiting for the copy, and forgetting its source, keeps at most one weight in the host's memory.
-            params[path] = jax.block_until_ready(jax.device_put(values, targets[path]))
-            bar.update(values.nbytes)
-            del values
+
+    def run(job: Callable[[], dict[ParamPath, np.ndarray]]) -> dict[ParamPath, jax.Array]:
+        # The device's array must not share memory with a file's. Waiting for the copy bounds the host's memory.
+        return {
+            path: jax.block_until_ready(jax.device_put(values, targets[path], may_alias=False))
+            for path, values in job().items()
+        }
+
+    params: dict[ParamPath, jax.Array] = {}
+    total = sum(spec.abstract.size * spec.dtype.itemsize for spec in network.specs.values())
+    with (
+        ThreadPoolExecutor(_THREADS) as threads,
+        tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
+        for loaded in threads.map(run, _jobs(network, slots, tensors)):
+            params |= loaded
+            bar.update(sum(array.nbytes for array in loaded.values()))
     return unflatten_dict(params)
+
+
+def check_checkpoint(network: Network, folder: str | Path, adapter: Adapter | None = None) -> None:
+    """Prove, from the files' headers alone, that a folder holds a network's weights. Raises: as `load_params`."""
+    _fitting_tensors(network, checkpoint_slots(network), Path(folder), adapter)
+
+
+def _fitting_tensors(
+    network: Network, slots: Mapping[str, Slot], folder: Path, adapter: Adapter | None
+) -> list[CheckpointTensor]:
+    tensors = _fully_named(network, slots, list_tensors(folder))
+    if adapter is not None:
+        tensors = adapter.merged(tensors)
+    if network.config.quantization is not None:
+        float_shapes = {name: slot.file_shape for name, slot in slots.items()}
+        tensors = with_floats(network.config.quantization, float_shapes, tensors)
+    _raise_if(_problems_of_tensors(network, slots, tensors), f"{folder} does not fit {network.config.architecture}")
+    return tensors
 
 
 def check_params(network: Network, params: Params) -> None:
@@ -108,7 +147,12 @@ def check_params(network: Network, params: Params) -> None:
 
 
 def save_checkpoint(network: Network, params: Params, folder: str | Path) -> Path:
-    """Write parameters as `folder/model.safetensors` under the checkpoint's names; the inverse of `load_params`."""
+    """Write parameters as `folder/model.safetensors` under the checkpoint's names; the inverse of `load_params`.
+
+    Raises: ValueError for a quantized network; CheckpointError for parameters that are not the network's.
+    """
+    if network.packed:
+        raise ValueError("a quantized network cannot be saved: save the one that it was quantized from")
     check_params(network, params)
     flat = flatten_dict(params)
     tensors = {name: _as_saved(slot, np.asarray(flat[slot.path])) for name, slot in checkpoint_slots(network).items()}
@@ -124,12 +168,14 @@ def _as_saved(slot: Slot, weight: np.ndarray) -> np.ndarray:
 
 
 def checkpoint_slots(network: Network) -> dict[str, Slot]:
-    """The checkpoint's name of each tensor that the network needs -> where it goes."""
+    """The checkpoint's name of each tensor that the network needs, but for packed weights' -> where it goes."""
     slots = {}
     for path, spec in network.specs.items():
+        if path[:-1] in network.packed:
+            continue
         start, shape = 0, spec.shape[1:] if spec.stacked else spec.shape
         for expert in range(spec.shape[0] if spec.stacked else 1):
-            names = _checkpoint_names(network.weight_names, path, expert)
+            names = checkpoint_names(network.weight_names, path, expert)
             # A merged weight is merged already in checkpoints whose row for it names no part.
             for part, size in spec.parts if spec.parts and None not in names else ((None, shape[0]),):
                 if part not in names:
@@ -142,68 +188,68 @@ def checkpoint_slots(network: Network) -> dict[str, Slot]:
     return slots
 
 
-def _checkpoint_names(weight_names: tuple, path: ParamPath, expert: int) -> dict[str | None, tuple[str, str | None]]:
-    """A parameter's part (None: all of it) -> the checkpoint's name and the transform, from the model's table. `expert`
-    is which matrix of a stacked weight."""
-    module, leaf = ".".join(path[:-1]), path[-1]
-    names = {}
-    for theirs, ours, *rest in weight_names:
-        match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
-        if match:
-            part, transform = (*rest, None, None)[:2]
-            names[part] = (f"{theirs.format(*match.groups(), expert)}.{leaf}", transform)
-    return names
-
-
 def _fully_named(
     network: Network, slots: Mapping[str, Slot], tensors: list[CheckpointTensor]
 ) -> list[CheckpointTensor]:
     """The tensors, those that are needed and lack one of the family's optional prefixes under their full names."""
+    needed = slots.keys() | {name for layers in network.packed.values() for layer in layers for name in layer.stored()}
 
     def full_name(name: str) -> str:
         candidates = (prefix + name for prefix in ("", *network.optional_prefixes))
-        return next((candidate for candidate in candidates if candidate in slots), name)
+        return next((candidate for candidate in candidates if candidate in needed), name)
 
     return [replace(tensor, name=full_name(tensor.name)) for tensor in tensors]
 
 
-def _stream(
+def _jobs(
     network: Network, slots: Mapping[str, Slot], tensors: list[CheckpointTensor]
-) -> Iterator[tuple[ParamPath, np.ndarray]]:
-    """Each parameter as soon as its last part is read. Reads every tensor once, in the files' order."""
-    waiting = Counter(slot.path for slot in slots.values())  # how many parts are still to come
-    merging: dict[ParamPath, np.ndarray] = {}
-    for tensor in tensors:
-        if tensor.name not in slots:
-            continue
-        slot = slots[tensor.name]
-        spec = network.specs[slot.path]
-        if slot.shape == spec.shape:
-            yield slot.path, slot.transformed(tensor.read()).astype(spec.dtype, copy=False)
-            continue
-        if slot.path not in merging:
-            merging[slot.path] = np.empty(spec.shape, spec.dtype)
-        slot.rows(merging[slot.path])[...] = slot.transformed(tensor.read())
-        waiting[slot.path] -= 1
-        if not waiting[slot.path]:
-            yield slot.path, merging.pop(slot.path)
+) -> list[Callable[[], dict[ParamPath, np.ndarray]]]:
+    """For each weight, what reads it from its tensors, in the order in which the first of them lies in the files."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    order = {name: i for i, name in enumerate(by_name)}
+    plain: dict[ParamPath, list[tuple[Slot, CheckpointTensor]]] = {}
+    for name, slot in slots.items():
+        plain.setdefault(slot.path, []).append((slot, by_name[name]))
+    jobs = []
+    for path, parts in plain.items():
+        first = min(order[tensor.name] for _, tensor in parts)
+        jobs.append((first, partial(_read_plain, path, network.specs[path], parts)))
+    for path, layers in network.packed.items():
+        first = min(order[name] for layer in layers for name in layer.stored() if name in order)
+        jobs.append((first, partial(read_packed, path, layers, by_name)))
+    return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
+
+
+def _read_plain(
+    path: ParamPath, spec: ParamSpec, parts: list[tuple[Slot, CheckpointTensor]]
+) -> dict[ParamPath, np.ndarray]:
+    if len(parts) == 1 and parts[0][0].shape == spec.shape:
+        slot, tensor = parts[0]
+        return {path: slot.transformed(tensor.read()).astype(spec.dtype, copy=False)}
+    values = np.empty(spec.shape, spec.dtype)
+    for slot, tensor in parts:
+        slot.rows(values)[...] = slot.transformed(tensor.read())
+    return {path: values}
 
 
 def _problems_of_tensors(network: Network, slots: Mapping[str, Slot], tensors: list[CheckpointTensor]) -> list[str]:
-    files = {tensor.name: tensor.file.name for tensor in tensors}
-    where = ", ".join(sorted(set(files.values())))
+    by_name = {tensor.name: tensor for tensor in tensors}
+    where = ", ".join(sorted({tensor.file.name for tensor in tensors}))
     problems = [
         f"missing: {name}, expected shape {list(slot.file_shape)}, is in none of {where}"
         for name, slot in slots.items()
-        if name not in files
+        if name not in by_name
     ]
+    layers = [layer for layers in network.packed.values() for layer in layers]
+    problems += [problem for layer in layers for problem in problems_of(layer, by_name)]
+    used = slots.keys() | {name for layer in layers for name in layer.stored()}
     for tensor in tensors:
         name, file, shape = tensor.name, tensor.file.name, list(tensor.shape)
         if name in slots and slots[name].file_shape != tensor.shape:
             problems.append(f"{name} in {file}: expected shape {list(slots[name].file_shape)}, found {shape}")
-        elif name in slots and files[name] != file:
-            problems.append(f"{name} is in both {file} and {files[name]}")
-        elif name not in slots and not any(fnmatchcase(name, pattern) for pattern in network.ignored_weights):
+        elif name in used and by_name[name].file.name != file:
+            problems.append(f"{name} is in both {file} and {by_name[name].file.name}")
+        elif name not in used and not any(fnmatchcase(name, pattern) for pattern in network.ignored_weights):
             problems.append(f"unused: {name} in {file}, shape {shape}")
     return problems
 

@@ -1,4 +1,4 @@
-"""Linear layers, and the only home of matrix products with weights: quantization and LoRA belong here.
+"""Linear layers, and the only home of matrix products with weights, be they float ones or quantized.
 
 A weight has the checkpoint's orientation, [out, in], and is contracted on its last axis, so that loading transposes
 nothing (but GPT-2's).
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.models.layers.param import Initializer, param, zeros
+from jaxllm.models.layers.quantized import QuantizedMatrix, QuantizedParts
+from jaxllm.models.quantization.scheme import Layout
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
@@ -51,17 +53,27 @@ class Linear(nnx.Module):
     ):
         parts = dict(out_features) if isinstance(out_features, Mapping) else {}
         size = sum(parts.values()) if parts else out_features
-        self.part_sizes = tuple(parts.values())
+        self.in_features, self.out_features, self.axes = in_features, size, axes
+        self.part_names, self.part_sizes = tuple(parts), tuple(parts.values())
         self.weight = param((size, in_features), dtype, axes, initializer, parts)
         self.bias = param((size,), dtype, axes[:1], zeros, parts) if bias else None
 
     def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
         """x [..., in] -> [..., out]."""
-        y = matmul(x, self.weight[...], out_dtype)
+        packed = not isinstance(self.weight, nnx.Param)
+        y = self.weight(x, out_dtype) if packed else matmul(x, self.weight[...], out_dtype)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(y.dtype)
         return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+    def quantize(self, layout: Layout, separate_parts: bool) -> None:
+        """Declare the weight as a packed one, or as one for each part. Only before the parameters are looked at."""
+        if separate_parts:
+            parts = dict(zip(self.part_names, self.part_sizes, strict=True))
+            self.weight = QuantizedParts(parts, self.in_features, layout, self.axes)
+        else:
+            self.weight = QuantizedMatrix(self.out_features, self.in_features, layout, self.axes)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """The parts of a merged layer's output [..., out], each [..., size of the part]."""

@@ -56,7 +56,6 @@ BAD = {
     "odd head_dim": ({"head_dim": 7}, ["head_dim=7", "even"]),
     "hidden_act": ({"hidden_act": "mish"}, ["hidden_act='mish'", "silu", "gelu"]),
     "dtype": ({"torch_dtype": "int8"}, ["torch_dtype='int8'", "bfloat16"]),
-    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, ["quant_method='gptq'", "not supported"]),
     "rope not a dict": ({"rope_scaling": 2.0}, ["rope_scaling=2.0", "rope_type"]),
     "rope type": ({"rope_scaling": {"type": "mrope"}}, ["rope_scaling.rope_type='mrope'", "llama3", "yarn"]),
     "rope key": (

@@ -1,0 +1,88 @@
+"""A quantized checkpoint's network: which of its linear layers hold packed weights, and what they are made of."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from flax import nnx
+
+from jaxllm.models.interface import checkpoint_names
+from jaxllm.models.layers.linear import Linear
+from jaxllm.models.quantization.scheme import Quantization, Scheme, Stored
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """A quantized layer of the checkpoint, whose weight [out_features, in_features] is some rows of a packed one."""
+
+    name: str  # "model.layers.0.self_attn.q_proj"
+    out_features: int
+    in_features: int
+    scheme: Scheme
+    has_bias: bool
+    transposed: bool = False  # the checkpoint has a weight that is not packed as [in, out]
+
+    def stored(self) -> dict[str, Stored]:
+        """The tensors that hold the weight, by their whole names."""
+        tensors = self.scheme.stored(self.out_features, self.in_features)
+        if self.has_bias:  # then it is a parameter of its own
+            tensors.pop("bias", None)
+        if self.transposed and "weight" in tensors:
+            tensors["weight"] = replace(tensors["weight"], shapes=((self.in_features, self.out_features),))
+        return {f"{self.name}.{last}": tensor for last, tensor in tensors.items()}
+
+
+def quantize_linears(module: nnx.Module, quantization: Quantization) -> dict[tuple[str, ...], tuple[PackedPart, ...]]:
+    """Have a model's linear layers declare packed weights, where the checkpoint has such.
+
+    Returns: for each packed weight, by its path, the checkpoint's layers that its rows come from, in order.
+    Raises: ValueError naming the layer whose shape does not fit, or the parts of a merged layer that differ.
+    """
+    packed = {}
+    for path, linear in list(_linears(module)):
+        parts = _parts(module, path, linear, quantization)
+        if parts is None:
+            continue
+        separate = parts[0].scheme.layout.permutation and len(parts) > 1  # each has an order of columns of its own
+        linear.quantize(parts[0].scheme.layout, separate)
+        if separate:
+            packed |= {(*path, "weight", name): (part,) for name, part in zip(linear.part_names, parts, strict=True)}
+        else:
+            packed[(*path, "weight")] = parts
+    return packed
+
+
+def _linears(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], Linear]]:
+    for path, child in nnx.iter_modules(module):
+        if isinstance(child, Linear):
+            yield tuple(map(str, path)), child
+
+
+def _parts(
+    module: nnx.Module, path: tuple[str, ...], linear: Linear, quantization: Quantization
+) -> tuple[PackedPart, ...] | None:
+    """The checkpoint's layers behind a linear layer; None if they are not quantized."""
+    if linear.axes[0] is None or (linear.axes[0] == "vocab" and not quantization.output_head):
+        return None  # a gate of few outputs, which no method quantizes; or the output head
+    names = checkpoint_names(module.weight_names, (*path, "weight"))
+    parts = dict(zip(linear.part_names, linear.part_sizes, strict=True))
+    if not parts or None in names:  # the checkpoint may have merged them already
+        parts = {None: linear.out_features}
+    layers = [names[part][0].removesuffix(".weight") for part in parts]
+    schemes = [quantization.scheme(layer) for layer in layers]
+    if any(scheme != schemes[0] for scheme in schemes):
+        raise ValueError(f"{quantization.method}: {', '.join(layers)} are one weight here and must be quantized alike")
+    if schemes[0] is None:
+        return None
+    for layer, size in zip(layers, parts.values(), strict=True):
+        _check_shape(schemes[0], layer, size, linear.in_features)
+    return tuple(
+        PackedPart(layer, size, linear.in_features, schemes[0], linear.bias is not None, names[part][1] == "transposed")
+        for layer, (part, size) in zip(layers, parts.items(), strict=True)
+    )
+
+
+def _check_shape(scheme: Scheme, layer: str, out_features: int, in_features: int) -> None:
+    try:
+        scheme.stored(out_features, in_features)
+    except ValueError as error:
+        raise ValueError(f"{layer} [{out_features}, {in_features}] cannot be stored quantized: {error}") from None
