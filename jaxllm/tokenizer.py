@@ -21,6 +21,8 @@ class Tokenizer:
         self._backend = getattr(hf, "backend_tokenizer", None) or getattr(hf, "_tokenizer", None)
         added = self._backend.get_added_tokens_decoder() if self._backend is not None else {}
         self._special_ids = frozenset(token for token, one in added.items() if one.special)
+        self._added_texts = {token: one.content for token, one in added.items()}
+        self._token_texts: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Tokenizer:
@@ -47,9 +49,16 @@ class Tokenizer:
         """`encode` for many texts at once, which the tokenizers library does in parallel."""
         return self.hf(texts)["input_ids"] if texts else []
 
+    def encode_words(self, text: str) -> list[int]:
+        """The text's tokens without those that frame a prompt (beginning of sequence, ...)."""
+        return self.hf.encode(text, add_special_tokens=False)
+
     def token_text(self, token_id: int) -> str:
         """The text of one token, special ones included."""
-        return self.hf.decode([token_id])
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self.hf.decode([token_id])
+        return text
 
     def chat_prompt(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
         """The messages as one prompt, by the tokenizer's chat template. Raises ValueError if it has none."""
@@ -59,13 +68,15 @@ class Tokenizer:
             )
         return self.hf.apply_chat_template(messages, tokenize=False, **({"add_generation_prompt": True} | kwargs))
 
-    def stream(self, prompt_token_ids: list[int], skip_special_tokens: bool) -> TextStream:
+    def stream(
+        self, prompt_token_ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True
+    ) -> TextStream:
         """A detokenizer for what follows this prompt."""
         if self._backend is not None:
-            return _BackendStream(
-                self._backend, prompt_token_ids, self._special_ids if skip_special_tokens else frozenset()
-            )
-        return _PrefixStream(self.hf, prompt_token_ids, skip_special_tokens)
+            skipped = self._special_ids if skip_special_tokens else frozenset()
+            joined = {} if skip_special_tokens or spaces_between_special_tokens else self._added_texts
+            return _BackendStream(self._backend, prompt_token_ids, skipped, joined)
+        return _PrefixStream(self.hf, prompt_token_ids, skip_special_tokens, spaces_between_special_tokens)
 
 
 class TextStream(Protocol):
@@ -75,12 +86,19 @@ class TextStream(Protocol):
 
 
 class _BackendStream:
-    """By the tokenizers library's own incremental decoder: O(1) a token."""
+    """By the tokenizers library's own incremental decoder: O(1) a token.
 
-    def __init__(self, backend: Any, prompt_token_ids: list[int], skipped: frozenset[int]) -> None:
+    Args:
+      joined: tokens that stand behind one another without a space: id -> text.
+    """
+
+    def __init__(
+        self, backend: Any, prompt_token_ids: list[int], skipped: frozenset[int], joined: dict[int, str]
+    ) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._backend = backend
+        self._joined, self._after_joined = joined, False
         self._skipped = skipped  # left to the library, they would pile up in it until the next text
         self._new_stream = lambda: DecodeStream(skip_special_tokens=bool(skipped))
         self._stream = self._new_stream()
@@ -90,6 +108,13 @@ class _BackendStream:
     def add(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
+        piece = self._step(token_id)
+        is_joined = token_id in self._joined
+        joins = is_joined and self._after_joined
+        self._after_joined = is_joined
+        return self._joined[token_id] if joins else piece
+
+    def _step(self, token_id: int) -> str:
         try:
             return self._stream.step(self._backend, token_id) or ""
         except Exception as error:  # the library has no class of its own for it
@@ -103,8 +128,11 @@ class _BackendStream:
 class _PrefixStream:
     """For tokenizers in pure Python: decodes a short window twice a token and takes the difference."""
 
-    def __init__(self, hf: Any, prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
-        self._decode = lambda ids: hf.decode(ids, skip_special_tokens=skip_special_tokens)
+    def __init__(
+        self, hf: Any, prompt_token_ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool
+    ) -> None:
+        options = {} if spaces_between_special_tokens else {"spaces_between_special_tokens": False}
+        self._decode = lambda ids: hf.decode(ids, skip_special_tokens=skip_special_tokens, **options)
         self._window = list(prompt_token_ids[-PRIMING_TOKENS:])
         self._read = len(self._window)  # tokens of the window whose text has been given out
 

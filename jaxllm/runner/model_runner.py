@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.models.interface import KVPages, LayerKV, Network, Params
 from jaxllm.runner import kv_pool
 from jaxllm.runner.executables import Executables, use_persistent_cache
+from jaxllm.runner.host_sampling import ControlProgram, HostSampling
 from jaxllm.runner.inputs import (
     NO_ENTRY,
     ROW_WIDTH,
@@ -21,10 +23,13 @@ from jaxllm.runner.inputs import (
     page_table_entries,
     write_page_table,
 )
-from jaxllm.runner.sampler import Level, Logprobs, SamplingTable
+from jaxllm.runner.logprobs import Logprobs
+from jaxllm.runner.prompt_logprobs import PromptProgram, PromptScorer, PromptScores
+from jaxllm.runner.sampler import Level, SamplingTable
 from jaxllm.runner.shapes import SampleShape, ShapeLadder, StepShape
-from jaxllm.runner.step import StepOutputs, make_forward, make_sampler
+from jaxllm.runner.step import StepOutputs, make_forward, make_full_sampler, make_sampler
 from jaxllm.scheduling import StepPlan
+from jaxllm.scheduling.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +38,23 @@ _WRITE_TABLE = "page table"  # its key among the executables
 
 
 class RunnerResult:
-    """A finished plan's outputs on the host; log probabilities are fetched only when somebody looks."""
+    """A finished plan's outputs on the host; log probabilities are fetched only when somebody looks.
 
-    def __init__(self, outputs: list[StepOutputs], num_rows: int) -> None:
+    Attributes:
+      prompt_scores: what came of the prompts that are to be scored; None if there are none.
+      failed: requests whose logits processors raised; their tokens mean nothing.
+    """
+
+    def __init__(
+        self,
+        outputs: list[StepOutputs],
+        num_rows: int,
+        prompt_scores: PromptScores | None,
+        failed: list[Request],
+    ) -> None:
         self._outputs = outputs
         self._num_rows = num_rows
+        self.prompt_scores, self.failed = prompt_scores, failed
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -50,7 +67,7 @@ class RunnerResult:
 
     @cached_property
     def logprobs(self) -> list[Logprobs]:
-        """One sampler.Logprobs a step, of NumPy arrays."""
+        """One logprobs.Logprobs a step, of NumPy arrays."""
         return [jax.tree.map(np.asarray, outputs.logprobs) for outputs in self._outputs]
 
 
@@ -58,9 +75,11 @@ class RunnerResult:
 class RunnerPending:
     outputs: list[StepOutputs]
     num_rows: int
+    prompt_scores: PromptScores | None
+    failed: list[Request]
 
     def result(self) -> RunnerResult:
-        result = RunnerResult(self.outputs, self.num_rows)
+        result = RunnerResult(self.outputs, self.num_rows, self.prompt_scores, self.failed)
         _ = result.tokens  # an error of the device's belongs here
         return result
 
@@ -82,7 +101,13 @@ class ModelRunner:
         # On a CPU compiling is slow, and a padded token cheap compared with it.
         growth = 4 if _device_of(params).platform == "cpu" else 2
         self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth)
+        self.executables = Executables(self._lower)
+        program = self.executables.__getitem__
         self.sampling = SamplingTable(config.max_num_seqs)
+        self._host_sampling = HostSampling(config.max_num_seqs, network.config.vocab_size, program)
+        self._prompt_scorer = PromptScorer(network, config.max_logprobs, program)
+        self._prompt_scores: PromptScores | None = None  # of the plan that is being submitted, as is the next
+        self._failed: list[Request] = []
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
         self._kv_dtype = network.dtype
         self._page_bytes = kv_pool.page_bytes(network, config.block_size, self._kv_dtype)
@@ -90,7 +115,6 @@ class ModelRunner:
         if shrink_model_len:
             self._shrink_model_len()
         kv_pool.check_holds_one_sequence(self.num_pages, config.block_size, self.config.max_model_len, self._page_bytes)
-        self.executables = Executables(self._lower)
         if not config.enforce_eager:  # before the KV pages: tuning a matrix product takes memory of its own
             self._warm_up()
         self.reset()
@@ -105,14 +129,16 @@ class ModelRunner:
         kv, state = self._abstract_state(self.num_pages)
         self._kv = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kv)
         self._state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+        self._host_sampling.reset()
 
     def submit(self, plan: StepPlan) -> RunnerPending:
         """Hands a plan to the device and returns without waiting for it."""
         self._meet_new_requests(plan)
+        self._prompt_scores, self._failed = None, []
         outputs = [self._submit_step(step) for step in plan.single_steps()]
         for one in outputs:
             one.tokens.copy_to_host_async()
-        return RunnerPending(outputs, len(plan.slots))
+        return RunnerPending(outputs, len(plan.slots), self._prompt_scores, self._failed)
 
     def _submit_step(self, plan: StepPlan) -> StepOutputs:
         shape = self.ladder.fit(len(plan.tokens), len(plan.slots), plan.num_decodes == len(plan.slots))
@@ -120,17 +146,34 @@ class ModelRunner:
         updates = self._send_surplus(page_table_entries(plan, self.max_pages), layout.num_updates)
         packed = layout.pack(plan, self.sampling, updates)
         forward = self.executables[shape]
-        sample = self.executables[SampleShape(shape.num_rows, Level(self.sampling.level[plan.slots].max()))]
-        self._kv, state, logits, rows = forward(self.params, self._kv, self._state, packed)
-        last_token, outputs = sample(state.last_token, logits, rows)
+        self._kv, state, logits, rows, hidden = forward(self.params, self._kv, self._state, packed)
+        if hidden is not None and (scored := np.flatnonzero(self.sampling.scores_prompt[plan.slots])).size:
+            self._prompt_scores = self._prompt_scorer.submit(self.params, plan, scored, hidden)
+        level = Level(self.sampling.level[plan.slots].max())
+        sample = self.executables[SampleShape(shape.num_rows, level)]
+        if level is Level.FULL:
+            last_token, outputs = self._sample_fully(sample, plan, state, logits, rows)
+        else:
+            last_token, outputs = sample(state.last_token, logits, rows)
         self._state = DeviceState(state.page_table, last_token)
         return outputs
+
+    def _sample_fully(self, sample, plan: StepPlan, state: DeviceState, logits: jax.Array, rows: jax.Array):
+        """(last_token, StepOutputs) at Level.FULL. What the host has to say it says while the device computes."""
+        host = self._host_sampling
+        stepwise = np.flatnonzero(self.sampling.stepwise[plan.slots] & plan.samples).tolist()
+        mask = host.mask(plan, stepwise, len(logits))
+        logits, failed = host.process(plan, stepwise, logits)
+        self._failed += failed
+        last_token, host.tables, outputs = sample(state.last_token, host.tables, logits, rows, mask)
+        return last_token, outputs
 
     def _meet_new_requests(self, plan: StepPlan) -> None:
         """Notes the sampling parameters of requests that have just come into their slots."""
         for row in np.flatnonzero(self._tenancies[plan.slots] != plan.generations).tolist():
             request, slot = plan.requests[row], int(plan.slots[row])
             self.sampling.fill(slot, request.sampling, request.prompt_len)
+            self._host_sampling.admit(slot, request)
             self._tenancies[slot] = plan.generations[row]
 
     def _send_surplus(self, entries: np.ndarray, room: int) -> np.ndarray:
@@ -154,17 +197,27 @@ class ModelRunner:
         table = jax.ShapeDtypeStruct((seqs, self.max_pages), jnp.int32)
         return kv, DeviceState(table, jax.ShapeDtypeStruct((seqs,), jnp.int32))
 
-    def _lower(self, key: StepShape | SampleShape | str) -> jax.stages.Lowered:
+    def _lower(self, key: Any) -> jax.stages.Lowered:
         _, state = self._abstract_state(self.num_pages)
         if key == _WRITE_TABLE:
             entries = jax.ShapeDtypeStruct((_TABLE_ENTRIES, 2), jnp.int32)
             return jax.jit(write_page_table, donate_argnums=0).lower(state, entries)
+        if isinstance(key, ControlProgram):
+            return self._host_sampling.lower(key)
+        if isinstance(key, PromptProgram):
+            return self._prompt_scorer.lower(key, _shapes_of(self.params))
         if isinstance(key, SampleShape):
-            logits = jax.ShapeDtypeStruct((key.num_rows, self.network.config.vocab_size), jnp.float32)
-            rows = jax.ShapeDtypeStruct((key.num_rows, ROW_WIDTH), jnp.int32)
-            sampler = make_sampler(key.level, self.config.max_num_seqs, self.config.max_logprobs)
-            return jax.jit(sampler, donate_argnums=0).lower(state.last_token, logits, rows)
+            return self._lower_sampler(key, state.last_token)
         return self._lower_forward(key, self.num_pages)
+
+    def _lower_sampler(self, key: SampleShape, last_token: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        seqs, host = self.config.max_num_seqs, self._host_sampling
+        logits = jax.ShapeDtypeStruct((key.num_rows, host.vocab_size), jnp.float32)
+        rows = jax.ShapeDtypeStruct((key.num_rows, ROW_WIDTH), jnp.int32)
+        if key.level < Level.FULL:
+            return jax.jit(make_sampler(key.level, seqs), donate_argnums=0).lower(last_token, logits, rows)
+        sampler = jax.jit(make_full_sampler(seqs, self.config.max_logprobs), donate_argnums=(0, 1))
+        return sampler.lower(last_token, host.abstract_tables, logits, rows, _shapes_of(host.all_allowed(key.num_rows)))
 
     def _lower_forward(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
         kv, state = self._abstract_state(num_pages)
@@ -172,15 +225,15 @@ class ModelRunner:
         forward = make_forward(self.network, layout)
         forward.__name__ = f"{'decode' if shape.decode_only else 'mixed'}_{shape.num_tokens}"
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
-        return jax.jit(forward, donate_argnums=(1, 2)).lower(params, kv, state, packed)
+        return jax.jit(forward, donate_argnums=(1, 2)).lower(_shapes_of(self.params), kv, state, packed)
 
     @property
-    def program_keys(self) -> list[StepShape | SampleShape | str]:
+    def program_keys(self) -> list[Any]:
         """Everything that the runner may ever run; the largest programs first, for they take longest to compile."""
         rows = sorted({shape.num_rows for shape in self.ladder.all})
         samplers = [SampleShape(count, level) for count in rows for level in Level]
-        return [*reversed(self.ladder.all), *samplers, _WRITE_TABLE]
+        scorers = [PromptProgram(), *(PromptProgram(shape.num_tokens) for shape in self.ladder.mixed)]
+        return [*reversed(self.ladder.all), *samplers, *scorers, *self._host_sampling.programs(rows), _WRITE_TABLE]
 
     def _warm_up(self) -> None:
         seconds = self.executables.warm_up(self.program_keys, self.config.use_tqdm_on_load)
@@ -212,12 +265,15 @@ class ModelRunner:
         self.reset()
         forward = self._lower_forward(shape, self.num_pages).compile()
         sampler = self._lower(SampleShape(shape.num_rows, Level.FULL)).compile()
+        scorer = self._lower(PromptProgram()).compile()
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
-        self._kv, state, logits, rows = forward(self.params, self._kv, self._state, idle)
-        jax.block_until_ready(sampler(state.last_token, logits, rows))
-        step_bytes = max(program.memory_analysis().temp_size_in_bytes for program in (forward, sampler))
-        step_bytes += 2 * logits.nbytes  # of this step and of the one ahead
-        self._kv = self._state = state = logits = None
+        self._kv, state, logits, rows, hidden = forward(self.params, self._kv, self._state, idle)
+        _, outputs = jax.block_until_ready(self._sample_fully(sampler, StepPlan(0), state, logits, rows))
+        programs = [program.memory_analysis() for program in (forward, sampler, scorer)]
+        step_bytes = max(one.temp_size_in_bytes for one in programs) + programs[2].output_size_in_bytes
+        kept = jax.tree.leaves((logits, hidden, outputs))
+        step_bytes += 2 * sum(one.nbytes for one in kept)  # of this step and of the one ahead
+        self._kv = self._state = state = logits = hidden = outputs = kept = None
         limit, in_use, _ = kv_pool.device_memory(_device_of(self.params))
         spare = limit // 64  # for fragments, and for what the libraries allocate as they go
         pages = kv_pool.pages_in(limit - in_use - step_bytes - spare, self._page_bytes)
@@ -226,6 +282,10 @@ class ModelRunner:
             *(size / 2**30 for size in (limit, in_use, step_bytes, pages * self._page_bytes)), pages,
         )  # fmt: skip
         return pages
+
+
+def _shapes_of(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
 def _device_of(params: Params) -> jax.Device:

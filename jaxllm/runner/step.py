@@ -11,19 +11,22 @@ from typing import NamedTuple
 import jax
 
 from jaxllm.models.interface import KVPages, Network, Params
+from jaxllm.runner.controls import ControlTables, control, count_tokens, take_rows
 from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows
-from jaxllm.runner.sampler import Level, Logprobs, sample
+from jaxllm.runner.logprobs import Logprobs, log_probabilities
+from jaxllm.runner.sampler import Level, sample
 
 
 class StepOutputs(NamedTuple):
     tokens: jax.Array  # i32[S]; meaningless for rows that don't sample
-    logprobs: Logprobs | None
+    logprobs: Logprobs | None  # at Level.FULL
 
 
 def make_forward(network: Network, layout: InputLayout):
-    """forward(params, kv, state, packed) -> (kv, state, logits f32[S, V], rows i32[S, row width]).
+    """forward(params, kv, state, packed) -> (kv, state, logits f32[S, V], rows i32[S, row width], hidden [T, D]).
 
-    `kv` and `state` are to be donated; `rows` is for the sampler.
+    `kv` and `state` are to be donated; `rows` is for the sampler; `hidden` is for the prompt's own log probabilities,
+    and None where no row has more than its last token.
     """
 
     def forward(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
@@ -31,20 +34,42 @@ def make_forward(network: Network, layout: InputLayout):
         with jax.named_scope("forward"):
             hidden, kv = network.forward(params, kv, inputs.batch)
         with jax.named_scope("logits"):
-            if not layout.shape.decode_only:
-                hidden = hidden[inputs.last_positions]
-            logits = network.logits(params, hidden)
-        return kv, inputs.state, logits, inputs.rows
+            decode_only = layout.shape.decode_only
+            logits = network.logits(params, hidden if decode_only else hidden[inputs.last_positions])
+        return kv, inputs.state, logits, inputs.rows, None if decode_only else hidden
 
     return forward
 
 
-def make_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
-    """sample_tokens(last_token, logits, rows) -> (last_token, StepOutputs). `last_token` is to be donated."""
+def make_sampler(level: Level, max_num_seqs: int):
+    """sample_tokens(last_token, logits, rows) -> (last_token, StepOutputs), below Level.FULL.
+
+    `last_token` is to be donated.
+    """
 
     def sample_tokens(last_token: jax.Array, logits: jax.Array, rows: jax.Array):
-        slots, sampling = UnpackedRows.of(rows, max_num_seqs)
-        tokens, logprobs = sample(logits, sampling, level, max_logprobs)
-        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens, logprobs)
+        slots, sampling, _ = UnpackedRows.of(rows, max_num_seqs)
+        tokens = sample(logits, sampling, level)
+        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens, None)
+
+    return sample_tokens
+
+
+def make_full_sampler(max_num_seqs: int, max_logprobs: int):
+    """sample_tokens(last_token, tables, logits, rows, mask i32[S, V/32]) -> (last_token, tables, StepOutputs).
+
+    That of Level.FULL. `last_token` and `tables` are to be donated. Set bits of `mask` are the tokens that each row may
+    sample in this step.
+    """
+
+    def sample_tokens(
+        last_token: jax.Array, tables: ControlTables, logits: jax.Array, rows: jax.Array, mask: jax.Array
+    ):
+        slots, sampling, own_slots = UnpackedRows.of(rows, max_num_seqs)
+        own = take_rows(tables, own_slots)
+        tokens = sample(control(logits, sampling, own, mask), sampling, Level.FULL)
+        logprobs = log_probabilities(logits, tokens, own.wanted_ids, max_logprobs)
+        tables = count_tokens(tables, slots, tokens)
+        return last_token.at[slots].set(tokens, mode="drop"), tables, StepOutputs(tokens, logprobs)
 
     return sample_tokens
