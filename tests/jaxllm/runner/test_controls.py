@@ -157,7 +157,7 @@ def test_distribution():
     """Draws with everything at once, against the same distribution by numpy."""
     spec = SamplingSpec(
         temperature=1.3, top_k=30, top_p=0.95, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.2,
-        bias=((2, 1.5), (7, 3.0)), allowed_ids=tuple(range(0, V, 2)) + (7,),
+        bias=((2, 1.5), (7, 3.0)), allowed_ids=(*range(0, V, 2), 7),
     )  # fmt: skip
     p = special.softmax(by_numpy(spec) / spec.temperature)
     p[np.argsort(-p)[30:]] = 0
