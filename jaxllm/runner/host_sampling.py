@@ -1,4 +1,4 @@
-"""The runner's side of Level.FULL: the control tables, the masks that the host makes, and logits processors."""
+"""The runner's side of logit controls: the tables, the masks that the host makes, and logits processors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ControlProgram:
 
 
 class HostSampling:
-    """Owns the control tables on the device; one call of each method a step of Level.FULL.
+    """Owns the control tables on the device, and says what the host has to say in a step with controls.
 
     Args:
       programs: compiled program of a ControlProgram.

@@ -27,7 +27,7 @@ from jaxllm.runner.logprobs import Logprobs
 from jaxllm.runner.prompt_logprobs import PromptProgram, PromptScorer, PromptScores
 from jaxllm.runner.sampler import Level, SamplingTable
 from jaxllm.runner.shapes import SampleShape, ShapeLadder, StepShape
-from jaxllm.runner.step import StepOutputs, make_forward, make_full_sampler, make_sampler
+from jaxllm.runner.step import StepOutputs, make_controlled_sampler, make_forward, make_sampler
 from jaxllm.scheduling import StepPlan
 from jaxllm.scheduling.request import Request
 
@@ -149,17 +149,17 @@ class ModelRunner:
         self._kv, state, logits, rows, hidden = forward(self.params, self._kv, self._state, packed)
         if hidden is not None and (scored := np.flatnonzero(self.sampling.scores_prompt[plan.slots])).size:
             self._prompt_scores = self._prompt_scorer.submit(self.params, plan, scored, hidden)
-        level = Level(self.sampling.level[plan.slots].max())
+        level = self.sampling.level(plan.slots)
         sample = self.executables[SampleShape(shape.num_rows, level)]
-        if level is Level.FULL:
-            last_token, outputs = self._sample_fully(sample, plan, state, logits, rows)
+        if level.controls:
+            last_token, outputs = self._sample_controlled(sample, plan, state, logits, rows)
         else:
             last_token, outputs = sample(state.last_token, logits, rows)
         self._state = DeviceState(state.page_table, last_token)
         return outputs
 
-    def _sample_fully(self, sample, plan: StepPlan, state: DeviceState, logits: jax.Array, rows: jax.Array):
-        """(last_token, StepOutputs) at Level.FULL. What the host has to say it says while the device computes."""
+    def _sample_controlled(self, sample, plan: StepPlan, state: DeviceState, logits: jax.Array, rows: jax.Array):
+        """(last_token, StepOutputs). What the host has to say it says while the device computes."""
         host = self._host_sampling
         stepwise = np.flatnonzero(self.sampling.stepwise[plan.slots] & plan.samples).tolist()
         mask = host.mask(plan, stepwise, len(logits))
@@ -214,9 +214,10 @@ class ModelRunner:
         seqs, host = self.config.max_num_seqs, self._host_sampling
         logits = jax.ShapeDtypeStruct((key.num_rows, host.vocab_size), jnp.float32)
         rows = jax.ShapeDtypeStruct((key.num_rows, ROW_WIDTH), jnp.int32)
-        if key.level < Level.FULL:
-            return jax.jit(make_sampler(key.level, seqs), donate_argnums=0).lower(last_token, logits, rows)
-        sampler = jax.jit(make_full_sampler(seqs, self.config.max_logprobs), donate_argnums=(0, 1))
+        level = Level(key.level)
+        if not level.controls:
+            return jax.jit(make_sampler(level, seqs), donate_argnums=0).lower(last_token, logits, rows)
+        sampler = jax.jit(make_controlled_sampler(level, seqs, self.config.max_logprobs), donate_argnums=(0, 1))
         return sampler.lower(last_token, host.abstract_tables, logits, rows, _shapes_of(host.all_allowed(key.num_rows)))
 
     def _lower_forward(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
@@ -268,7 +269,7 @@ class ModelRunner:
         scorer = self._lower(PromptProgram()).compile()
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
         self._kv, state, logits, rows, hidden = forward(self.params, self._kv, self._state, idle)
-        _, outputs = jax.block_until_ready(self._sample_fully(sampler, StepPlan(0), state, logits, rows))
+        _, outputs = jax.block_until_ready(self._sample_controlled(sampler, StepPlan(0), state, logits, rows))
         programs = [program.memory_analysis() for program in (forward, sampler, scorer)]
         step_bytes = max(one.temp_size_in_bytes for one in programs) + programs[2].output_size_in_bytes
         kept = jax.tree.leaves((logits, hidden, outputs))

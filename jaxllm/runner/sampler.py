@@ -18,13 +18,22 @@ _RUN = 128  # tokens
 class Level(IntEnum):
     """How much sampling work a step does: a program each, for a branch on the device would make the host wait for it.
 
-    Each level can do what those below can: a step runs at the highest that one of its rows needs.
+    The bits are kinds of work: a step runs at the level that has the bits of all of its rows.
     """
 
     GREEDY = 0
-    DRAW = 1  # temperature
-    FILTER = 2  # and min_p, top_k, top_p
-    FULL = 3  # and penalties, bias, token masks and log probabilities
+    DRAW = 0b001  # temperature
+    FILTER = 0b011  # and min_p, top_k, top_p, which read the logits many times
+    CONTROL = 0b101  # temperature, and penalties, bias, token masks and log probabilities
+    FULL = 0b111  # all of it
+
+    @property
+    def filters(self) -> bool:
+        return bool(self & 0b010)
+
+    @property
+    def controls(self) -> bool:
+        return bool(self & 0b100)
 
 
 @dataclass(frozen=True)
@@ -69,11 +78,11 @@ class SamplingSpec:
 
     @property
     def level(self) -> Level:
-        if self.num_logprobs >= 0 or self.controlled or self.stepwise:
-            return Level.FULL
+        level = Level.CONTROL if self.num_logprobs >= 0 or self.controlled or self.stepwise else Level.GREEDY
         if self.temperature == 0:
-            return Level.GREEDY
-        return Level.FILTER if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else Level.DRAW
+            return level
+        filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return Level(level | (Level.FILTER if filters else Level.DRAW))
 
     @property
     def controlled(self) -> bool:
@@ -96,7 +105,7 @@ class SamplingTable:
     def __init__(self, max_num_seqs: int) -> None:
         self.rows = np.zeros((max_num_seqs, self.width), np.int32)
         self.prompt_len = np.zeros(max_num_seqs, np.int32)
-        self.level = np.zeros(max_num_seqs, np.int8)
+        self._level = np.zeros(max_num_seqs, np.int8)
         self.scores_prompt = np.zeros(max_num_seqs, np.bool_)
         self.stepwise = np.zeros(max_num_seqs, np.bool_)
 
@@ -107,8 +116,12 @@ class SamplingTable:
         row[6:8] = np.array([spec.seed & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int32)
         row[8:] = spec.top_k, spec.min_tokens, spec.controlled
         self.prompt_len[slot] = prompt_len
-        self.level[slot] = spec.level
+        self._level[slot] = spec.level
         self.scores_prompt[slot], self.stepwise[slot] = spec.scores_prompt, spec.stepwise
+
+    def level(self, slots: np.ndarray) -> Level:
+        """The level of a step with the requests of these slots."""
+        return Level(int(np.bitwise_or.reduce(self._level[slots])))
 
 
 class SamplingRows(NamedTuple):
@@ -159,7 +172,7 @@ def _argmax(x: jax.Array) -> jax.Array:
 def _draw(logits: jax.Array, rows: SamplingRows, level: Level) -> jax.Array:
     is_greedy = rows.temperature == 0
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
-    if level >= Level.FILTER:  # in vLLM's order
+    if level.filters:  # in vLLM's order
         scaled = _keep_top_p(_keep_top_k(_keep_min_p(scaled, rows.min_p), rows.top_k), rows.top_p)
     drawn = _pick(jnp.exp(scaled), jax.vmap(_two_uniforms)(rows.seed, rows.positions))
     return jnp.where(is_greedy, _argmax(logits), drawn)

@@ -19,7 +19,7 @@ from jaxllm.runner.sampler import Level, sample
 
 class StepOutputs(NamedTuple):
     tokens: jax.Array  # i32[S]; meaningless for rows that don't sample
-    logprobs: Logprobs | None  # at Level.FULL
+    logprobs: Logprobs | None  # at a level with controls
 
 
 def make_forward(network: Network, layout: InputLayout):
@@ -42,7 +42,7 @@ def make_forward(network: Network, layout: InputLayout):
 
 
 def make_sampler(level: Level, max_num_seqs: int):
-    """sample_tokens(last_token, logits, rows) -> (last_token, StepOutputs), below Level.FULL.
+    """sample_tokens(last_token, logits, rows) -> (last_token, StepOutputs), at a level without controls.
 
     `last_token` is to be donated.
     """
@@ -55,11 +55,11 @@ def make_sampler(level: Level, max_num_seqs: int):
     return sample_tokens
 
 
-def make_full_sampler(max_num_seqs: int, max_logprobs: int):
+def make_controlled_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
     """sample_tokens(last_token, tables, logits, rows, mask i32[S, V/32]) -> (last_token, tables, StepOutputs).
 
-    That of Level.FULL. `last_token` and `tables` are to be donated. Set bits of `mask` are the tokens that each row may
-    sample in this step.
+    At a level with controls. `last_token` and `tables` are to be donated. Set bits of `mask` are the tokens that each
+    row may sample in this step.
     """
 
     def sample_tokens(
@@ -67,7 +67,7 @@ def make_full_sampler(max_num_seqs: int, max_logprobs: int):
     ):
         slots, sampling, own_slots = UnpackedRows.of(rows, max_num_seqs)
         own = take_rows(tables, own_slots)
-        tokens = sample(control(logits, sampling, own, mask), sampling, Level.FULL)
+        tokens = sample(control(logits, sampling, own, mask), sampling, level)
         logprobs = log_probabilities(logits, tokens, own.wanted_ids, max_logprobs)
         tables = count_tokens(tables, slots, tokens)
         return last_token.at[slots].set(tokens, mode="drop"), tables, StepOutputs(tokens, logprobs)

@@ -24,7 +24,7 @@ def backend_stream(prompt=(), skip=True):
 
 
 def prefix_stream(prompt=(), skip=True):
-    return _PrefixStream(HF, list(prompt), skip)
+    return _PrefixStream(HF, list(prompt), skip, True)
 
 
 STREAMS = pytest.mark.parametrize("make", [backend_stream, prefix_stream])
@@ -101,6 +101,26 @@ def test_special_tokens(make):
         assert "".join(map(make(skip=skip).add, ids)) == expected
 
 
+def test_no_spaces_between_special_tokens():
+    """For a decoder that puts a space before each token: special tokens in a row then have none between them."""
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.WordLevel({"one": 0, "two": 1}, unk_token="one"))
+    backend.add_special_tokens([AddedToken("<a>"), AddedToken("<b>")])
+    backend.decoder = decoders.WordPiece(prefix="##")
+    ids = [0, 2, 3, 3, 1, 2]
+
+    def text(spaces):
+        joined = {} if spaces else {2: "<a>", 3: "<b>"}
+        return "".join(map(_BackendStream(backend, [], frozenset(), joined).add, ids))
+
+    assert text(True) == "one <a> <b> <b> two <a>" and text(False) == "one <a><b><b> two <a>"
+    for skip in (True, False):  # the parameter reaches both kinds of streams
+        streams = TOKENIZER.stream([], skip, False), _PrefixStream(HF, [], skip, False)
+        assert len({"".join(map(stream.add, [0, 1, *HF.encode("one"), 1])) for stream in streams}) == 1
+
+
 class CountingTokenizer:
     """Counts the tokens that are decoded."""
 
@@ -116,7 +136,7 @@ class CountingTokenizer:
 @given(ids=st.lists(TOKENS, max_size=60), run=st.sampled_from([0, 1, INCOMPLETE[0], INCOMPLETE[-1]]))
 def test_a_step_decodes_few_tokens_whatever_came_before(ids, run):
     counting = CountingTokenizer()
-    stream = _PrefixStream(counting, [], True)
+    stream = _PrefixStream(counting, [], True, True)
     for token in ids + [run] * 100 + ids:  # a run of what gives no text must not pile up either
         before = counting.decoded
         stream.add(token)

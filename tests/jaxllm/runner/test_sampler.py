@@ -105,6 +105,16 @@ def test_padding_rows_are_greedy():
     assert float(batch.temperature[0]) == 0
 
 
+def test_a_step_has_the_level_of_all_of_its_rows():
+    drawing = SamplingSpec(temperature=1.0)
+    specs = [SamplingSpec(), drawing, SamplingSpec(temperature=1.0, top_k=1), SamplingSpec(num_logprobs=0)]
+    table = SamplingTable(len(specs))
+    for slot, spec in enumerate(specs):
+        table.fill(slot, spec, 1)
+    levels = [table.level(np.array(slots, np.int64)) for slots in ([], [0], [0, 1], [1, 2], [0, 3], [2, 3])]
+    assert levels == [Level.GREEDY, Level.GREEDY, Level.DRAW, Level.FILTER, Level.CONTROL, Level.FULL]
+
+
 @pytest.mark.parametrize(
     ("spec", "level"),
     [
@@ -114,8 +124,11 @@ def test_padding_rows_are_greedy():
         (SamplingSpec(temperature=1.0, seed=9, top_k=3), Level.FILTER),
         (SamplingSpec(temperature=1.0, seed=9, top_p=0.6), Level.FILTER),
         (SamplingSpec(temperature=1.0, seed=9, min_p=0.1), Level.FILTER),
-        (SamplingSpec(num_logprobs=0), Level.FULL),
-        (SamplingSpec(min_tokens=1, masked_ids=(1,)), Level.FULL),
+        (SamplingSpec(num_logprobs=0), Level.CONTROL),
+        (SamplingSpec(min_tokens=1, masked_ids=(1,)), Level.CONTROL),
+        (SamplingSpec(temperature=1.0, seed=9, presence_penalty=0.1), Level.CONTROL),
+        (SamplingSpec(temperature=1.0, seed=9, logits_processors=(abs,)), Level.CONTROL),
+        (SamplingSpec(temperature=1.0, seed=9, top_k=3, bias=((1, 1.0),)), Level.FULL),
     ],
     ids=str,
 )
@@ -124,5 +137,5 @@ def test_the_level_that_a_row_needs_is_enough_and_higher_ones_change_nothing(spe
     batch = rows([spec] * 50, np.arange(5, 55))
     expected = np.asarray(_sample(jnp.tile(LOGITS, (50, 1)), batch, level))
     for higher in Level:
-        if higher > level:
+        if higher & level == level:
             np.testing.assert_array_equal(_sample(jnp.tile(LOGITS, (50, 1)), batch, higher), expected)
