@@ -239,7 +239,7 @@ class LLMEngine:
         return [self._hand_out(group) for group in touched.values()]
 
     def _end_failed(self, result: RunnerResult) -> list[Request]:
-        """Ends the requests whose logits processors raised, with finish_reason "error" and without this token."""
+        """Ends the requests whose sampling failed on the host: finish_reason "error", and without this token."""
         failed = [request for request in result.failed if request.id in self._of_request]
         for request in failed:
             del request.output_token_ids[-1:]

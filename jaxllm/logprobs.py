@@ -37,9 +37,10 @@ def logprob_dict(
 
 def _likeliest(logprobs: Any, row: int, count: int) -> tuple[list[int], list[float]]:
     values = logprobs.top[row]
+    count = len(values) if count == -1 else count
     if logprobs.top_ids is not None:
         return logprobs.top_ids[row, :count].tolist(), values[:count].tolist()
-    ids = np.argsort(-values, kind="stable")[: len(values) if count == -1 else count]
+    ids = np.argsort(-values, kind="stable")[:count]
     return ids.tolist(), values[ids].tolist()
 
 

@@ -44,25 +44,48 @@ def abstract_tables(max_num_seqs: int, vocab_size: int) -> ControlTables:
     )
 
 
-def table_row(request: Request, vocab_size: int) -> ControlTables:
-    """A request's row of the tables as NumPy arrays: its parameters, and its tokens so far."""
-    spec: SamplingSpec = request.sampling
-    allowed = bitmask(spec.allowed_ids, vocab_size) if spec.allowed_ids is not None else np.int32(-1)
-    bias_ids, bias = np.full(MAX_BIASED, vocab_size, np.int32), np.zeros(MAX_BIASED, np.float32)
-    bias_ids[: len(spec.bias)] = [token for token, _ in spec.bias]
-    bias[: len(spec.bias)] = [value for _, value in spec.bias]
-    wanted_ids = np.full(MAX_WANTED, -1, np.int32)
-    wanted_ids[: len(spec.logprob_ids)] = spec.logprob_ids
-    counts = np.bincount(np.array(request.output_token_ids, np.int64), minlength=vocab_size)
+def neutral_row(vocab_size: int) -> ControlTables:
+    """The row of a request that asks for nothing, in NumPy arrays."""
+    words = num_words(vocab_size)
     return ControlTables(
-        np.minimum(counts, _MAX_COUNT).astype(np.uint16),
-        bitmask(request.prompt, vocab_size),
-        allowed & ~bitmask(spec.banned_ids, vocab_size),
-        bitmask(spec.masked_ids, vocab_size),
-        bias_ids,
-        bias,
-        wanted_ids,
+        np.zeros(vocab_size, np.uint16),
+        np.zeros(words, np.int32),
+        np.full(words, -1, np.int32),
+        np.zeros(words, np.int32),
+        np.full(MAX_BIASED, vocab_size, np.int32),
+        np.zeros(MAX_BIASED, np.float32),
+        np.full(MAX_WANTED, -1, np.int32),
     )
+
+
+def own_columns(request: Request, vocab_size: int) -> dict[str, np.ndarray]:
+    """What differs from the neutral row for this request: its parameters, and its tokens so far."""
+    spec: SamplingSpec = request.sampling
+    columns = {}
+    if spec.penalized:
+        columns["prompt"] = bitmask(request.prompt, vocab_size)
+        if request.output_token_ids:
+            counts = np.bincount(np.array(request.output_token_ids, np.int64), minlength=vocab_size)
+            columns["counts"] = np.minimum(counts, _MAX_COUNT).astype(np.uint16)
+    if spec.allowed_ids is not None:
+        columns["allowed"] = bitmask(spec.allowed_ids, vocab_size)
+    if spec.banned_ids:
+        columns["allowed"] = columns.get("allowed", np.int32(-1)) & ~bitmask(spec.banned_ids, vocab_size)
+    if spec.masked_ids:
+        columns["stops"] = bitmask(spec.masked_ids, vocab_size)
+    if spec.bias:
+        ids, values = zip(*spec.bias, strict=True)
+        columns["bias_ids"] = _padded(ids, MAX_BIASED, vocab_size, np.int32)
+        columns["bias"] = _padded(values, MAX_BIASED, 0, np.float32)
+    if spec.logprob_ids:
+        columns["wanted_ids"] = _padded(spec.logprob_ids, MAX_WANTED, -1, np.int32)
+    return columns
+
+
+def _padded(values: Sequence[float], size: int, fill: int, dtype: type) -> np.ndarray:
+    padded = np.full(size, fill, dtype)
+    padded[: len(values)] = values
+    return padded
 
 
 def write_row(tables: ControlTables, slot: jax.Array, row: ControlTables) -> ControlTables:

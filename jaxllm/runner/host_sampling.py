@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.runner.constraints import combined_mask, run_processors
-from jaxllm.runner.controls import abstract_tables, num_words, table_row, write_row
+from jaxllm.runner.controls import abstract_tables, neutral_row, num_words, own_columns, write_row
 from jaxllm.scheduling import StepPlan
 from jaxllm.scheduling.request import Request
 
@@ -41,6 +41,7 @@ class HostSampling:
         self.vocab_size = vocab_size
         self.abstract_tables = abstract_tables(max_num_seqs, vocab_size)
         self._programs = programs
+        self._neutral_row = jax.device_put(neutral_row(vocab_size))  # what is neutral need not be sent
         self._everything: dict[int, jax.Array] = {}  # by rows: a mask that allows all tokens
         self.reset()
 
@@ -52,21 +53,37 @@ class HostSampling:
     def admit(self, slot: int, request: Request) -> None:
         """Uploads what belongs to a request that has just come into this slot."""
         if request.sampling.controlled:
-            row = table_row(request, self.vocab_size)
+            row = self._neutral_row._replace(**own_columns(request, self.vocab_size))
             self.tables = self._programs(ControlProgram("write table row"))(self.tables, np.int32(slot), row)
 
-    def mask(self, plan: StepPlan, stepwise: Sequence[int], num_rows: int) -> jax.Array | np.ndarray:
-        """i32[num_rows, V/32]: what the rows may sample, by the constraints of the `stepwise` ones' requests."""
-        found = {}
+    def say(
+        self, plan: StepPlan, stepwise: Sequence[int], logits: jax.Array
+    ) -> tuple[jax.Array, jax.Array | np.ndarray, list[Request]]:
+        """What the host has to say of the `stepwise` rows: their logits, what they may sample, and who failed.
+
+        Returns: f32[S, V] logits after the logits processors; i32[S, V/32] mask by the constraints; the requests whose
+          processors or constraints raised, which must end.
+        """
+        masks, failed = {}, []
         for row in stepwise:
             request = plan.requests[row]
-            if (mask := combined_mask(request.sampling.constraints, request.output_token_ids)) is not None:
-                found[row] = mask
-        if not found:
+            try:
+                mask = combined_mask(request.sampling.constraints, request.output_token_ids)
+                if request.sampling.logits_processors:
+                    logits = self._process(request, row, logits)
+            except Exception:
+                logger.exception("sampling for request %s failed on the host; the request ends", request.id)
+                failed.append(request)
+            else:
+                masks |= {} if mask is None else {row: mask}
+        return logits, self._mask(masks, len(logits)), failed
+
+    def _mask(self, masks: dict[int, np.ndarray], num_rows: int) -> jax.Array | np.ndarray:
+        if not masks:
             return self.all_allowed(num_rows)
-        masks = np.full((num_rows, num_words(self.vocab_size)), -1, np.int32)
-        masks[list(found)] = list(found.values())
-        return masks
+        whole = np.full((num_rows, num_words(self.vocab_size)), -1, np.int32)
+        whole[list(masks)] = list(masks.values())
+        return whole
 
     def all_allowed(self, num_rows: int) -> jax.Array:
         if num_rows not in self._everything:
@@ -74,21 +91,11 @@ class HostSampling:
             self._everything[num_rows] = jax.device_put(words)
         return self._everything[num_rows]
 
-    def process(self, plan: StepPlan, stepwise: Sequence[int], logits: jax.Array) -> tuple[jax.Array, list[Request]]:
-        """The logits after the logits processors of the `stepwise` rows, and the requests whose processors raised."""
-        failed = []
-        for row in stepwise:
-            request = plan.requests[row]
-            if request.sampling.logits_processors:
-                taken = self._programs(ControlProgram("take logits", len(logits)))(logits, np.int32(row))
-                try:
-                    values = run_processors(request, np.array(taken))
-                except Exception:
-                    logger.exception("a logits processor of request %s raised; the request ends", request.id)
-                    failed.append(request)
-                    continue
-                logits = self._programs(ControlProgram("put logits", len(logits)))(logits, np.int32(row), values)
-        return logits, failed
+    def _process(self, request: Request, row: int, logits: jax.Array) -> jax.Array:
+        """The logits with this row as the request's logits processors leave it."""
+        taken = self._programs(ControlProgram("take logits", len(logits)))(logits, np.int32(row))
+        values = run_processors(request, np.array(taken))
+        return self._programs(ControlProgram("put logits", len(logits)))(logits, np.int32(row), values)
 
     def programs(self, row_counts: list[int]) -> list[ControlProgram]:
         """Keys of everything that may ever be run."""

@@ -42,7 +42,7 @@ class RunnerResult:
 
     Attributes:
       prompt_scores: what came of the prompts that are to be scored; None if there are none.
-      failed: requests whose logits processors raised; their tokens mean nothing.
+      failed: requests whose sampling failed on the host (logits processors raised); their tokens mean nothing.
     """
 
     def __init__(
@@ -162,8 +162,7 @@ class ModelRunner:
         """(last_token, StepOutputs). What the host has to say it says while the device computes."""
         host = self._host_sampling
         stepwise = np.flatnonzero(self.sampling.stepwise[plan.slots] & plan.samples).tolist()
-        mask = host.mask(plan, stepwise, len(logits))
-        logits, failed = host.process(plan, stepwise, logits)
+        logits, mask, failed = host.say(plan, stepwise, logits)
         self._failed += failed
         last_token, host.tables, outputs = sample(state.last_token, host.tables, logits, rows, mask)
         return last_token, outputs

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxllm.models.interface import Network, Params
 from jaxllm.runner.controls import MAX_WANTED
-from jaxllm.runner.logprobs import Logprobs, log_probabilities
+from jaxllm.runner.logprobs import WHOLE_VOCABULARY, Logprobs, log_probabilities
 from jaxllm.scheduling import StepPlan
 from jaxllm.scheduling.request import Request
 
@@ -46,7 +46,7 @@ class Positions(NamedTuple):
 
 
 class PromptScores:
-    """The log probabilities of a step's prompt positions, still on the device."""
+    """The log probabilities of a step's prompt positions, fetched from the device when somebody looks."""
 
     def __init__(self, spans: list[tuple[Request, int, int]], chunks: list[Logprobs]) -> None:
         self._spans, self._chunks = spans, chunks
@@ -80,7 +80,10 @@ class PromptScorer:
         for start in range(0, len(positions.index), CHUNK):
             index, target, wanted = (_padded(x[start : start + CHUNK]) for x in positions)
             gathered = self._programs(PromptProgram(hidden.shape[0]))(hidden, index)
-            chunks.append(self._programs(PromptProgram())(params, gathered, target, wanted))
+            chunk = self._programs(PromptProgram())(params, gathered, target, wanted)
+            if self._max_logprobs == WHOLE_VOCABULARY:  # the device has room for one such chunk
+                chunk = jax.tree.map(np.asarray, chunk)
+            chunks.append(chunk)
         return PromptScores(spans, chunks)
 
     def lower(self, key: PromptProgram, params: Any) -> jax.stages.Lowered:

@@ -87,9 +87,12 @@ class SamplingSpec:
     @property
     def controlled(self) -> bool:
         """Whether it has a row of its own in the control tables."""
-        penalized = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
         masked = bool(self.masked_ids or self.banned_ids) or self.allowed_ids is not None
-        return penalized or masked or bool(self.bias or self.logprob_ids)
+        return self.penalized or masked or bool(self.bias or self.logprob_ids)
+
+    @property
+    def penalized(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
     def stepwise(self) -> bool:

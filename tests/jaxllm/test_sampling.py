@@ -134,6 +134,18 @@ def test_a_logits_processor_that_raises_ends_its_request_alone(sum_llm, fails_at
     sum_llm.llm_engine.scheduler.check()
 
 
+def test_a_constraint_that_raises_ends_its_request_alone(sum_llm, monkeypatch):
+    class Fails:
+        def mask(self, tokens):
+            raise RuntimeError("no idea")
+
+    specs = sum_llm.llm_engine._specs
+    monkeypatch.setattr(specs, "_constraints", lambda params, *_: (Fails(),) if params.seed == 1 else ())
+    outputs = sum_llm.generate(PROMPTS[:2], [greedy(6, seed=1), greedy(6)], use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length"]
+    assert outputs[1].outputs[0].token_ids == continuation(PROMPTS[1], 6)
+
+
 # --- log probabilities
 
 
@@ -163,6 +175,12 @@ def test_the_whole_vocabulary(whole_llm):
         assert sorted(entry) == list(range(V))
         np.testing.assert_allclose([entry[token].logprob for token in range(V)], reference, atol=1e-4)
         assert sorted(one.rank for token, one in entry.items() if token != tokens[i])[-1] <= V
+
+
+def test_the_whole_vocabulary_of_an_engine_that_sorts_it():
+    llm = make_sum_llm(max_logprobs=V, enforce_eager=True)
+    output = llm.generate([1, 2, 3], greedy(2, logprobs=-1), use_tqdm=False)[0].outputs[0]
+    assert [sorted(entry) for entry in output.logprobs] == [list(range(V))] * 2
 
 
 def check_prompt_logprobs(output, count):

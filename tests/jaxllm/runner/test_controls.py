@@ -15,8 +15,9 @@ from jaxllm.runner.controls import (
     bitmask,
     control,
     count_tokens,
+    neutral_row,
     num_words,
-    table_row,
+    own_columns,
     take_rows,
     unpack_bits,
     write_row,
@@ -37,6 +38,10 @@ def request_of(spec, prompt=PROMPT, answer=ANSWER) -> Request:
     request = Request("r", np.array(prompt, np.int32), 100, sampling=spec)
     request.output_token_ids = list(answer)
     return request
+
+
+def table_row(request, vocab_size):
+    return neutral_row(vocab_size)._replace(**own_columns(request, vocab_size))
 
 
 def empty_tables():
