@@ -152,12 +152,13 @@ def run_chat(args: argparse.Namespace) -> int:
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        answer = _print_stream(llm, tokenizer.chat_prompt(messages), params)
+        prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        answer = _print_stream(llm, prompt, params)
         print()
         messages.append({"role": "assistant", "content": answer})
 
 
-def _print_stream(llm: Any, prompt: str, params: SamplingParams) -> str:
+def _print_stream(llm: Any, prompt: str | list[int], params: SamplingParams) -> str:
     """Prints an answer as it grows; returns it, or as much as there was when Ctrl-C ended it."""
     printed = ""
     try:

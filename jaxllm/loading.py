@@ -70,15 +70,14 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     claim_device_memory(config.gpu_memory_utilization)
     import jax
 
-    from jaxllm.models.config import ModelConfig
-    from jaxllm.models.registry import build
+    from jaxllm.models.registry import build, read_config
     from jaxllm.runner.kv_pool import device_memory
     from jaxllm.runner.model_runner import ModelRunner
 
     checkpoint = open_checkpoint(config)
     if checkpoint.folder is None and params is None and config.load_format != "dummy":
         raise ValueError('model is a config without weights: pass params=, or load_format="dummy" for random weights')
-    model_config = ModelConfig.from_hf(checkpoint.config)
+    model_config = read_config(checkpoint.config)
     device = jax.devices()[0]
     network = build(model_config, _dtype(config.dtype, model_config.dtype, device.platform))
     memory = device_memory(device)
@@ -88,6 +87,8 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
         device_bytes=None if memory is None else memory[0],
     )
     tokenizer = _load_tokenizer(config, checkpoint)
+    if tokenizer is not None:
+        tokenizer.fit_vocabulary(model_config.vocab_size)
     params = _load_params(config, network, checkpoint, params)
     loaded = time.perf_counter()
     runner = ModelRunner(network, params, resolved, shrink_model_len=config.max_model_len is None)
@@ -123,16 +124,18 @@ def claim_device_memory(fraction: float) -> None:
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
+    name = "" if checkpoint.folder is None else Path(config.model or checkpoint.folder).resolve().name
+    options = {"trust_remote_code": config.trust_remote_code, "config": checkpoint.config, "name": name}
     if config.tokenizer is None:
         if checkpoint.folder is None:
             return None
-        return Tokenizer.load(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+        return Tokenizer.load(checkpoint.folder, **options)
     if isinstance(config.tokenizer, str | os.PathLike):
         from jaxllm.models.hub import resolve as find_folder
 
         folder = find_folder(config.tokenizer, config.tokenizer_revision, config.download_dir, tokenizer_only=True)
-        return Tokenizer.load(folder, trust_remote_code=config.trust_remote_code)
-    return Tokenizer(config.tokenizer)
+        return Tokenizer.load(folder, **options)
+    return Tokenizer(config.tokenizer, checkpoint.config, name)
 
 
 def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, params: Any) -> Any:
@@ -150,8 +153,10 @@ def _load_params(config: EngineConfig, network: Any, checkpoint: Checkpoint, par
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
     """The tokenizer's end of sequence first: it is the one that is not reported as a stop_reason."""
-    first = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys(first + checkpoint.eos_token_ids))
+    if tokenizer is None:
+        return checkpoint.eos_token_ids
+    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys(first + checkpoint.eos_token_ids + tokenizer.end_of_turn_ids))
 
 
 def _dtype(wanted: str, checkpoint: str, platform: str) -> str:

@@ -80,23 +80,26 @@ class SamplingSpecs:
     def _constraints(self, params: SamplingParams, prompt: Sequence[int], words: list[list[int]]) -> tuple[Any, ...]:
         constraints: list[Any] = [BadWords(words, self._vocab_size)] if words else []
         if params.thinking_token_budget is not None:
-            assert self._tokenizer is not None and self._config.reasoning_config is not None
+            assert self._config.reasoning_config is not None
             start, end = (
-                self._tokenizer.encode_words(self._config.reasoning_config[name])
+                self._encode(self._config.reasoning_config[name])
                 for name in ("reasoning_start_str", "reasoning_end_str")
             )
             constraints.append(ThinkingBudget(prompt, start, end, params.thinking_token_budget, self._vocab_size))
         return tuple(constraints)
 
+    def _encode(self, text: str) -> list[int]:
+        assert self._tokenizer is not None
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """The tokens of each bad word, at the beginning of a text and inside of it where that is something else."""
         found = []
         for word in params.bad_words or ():
-            assert self._tokenizer is not None
-            plain = self._tokenizer.encode_words(word.lstrip())
+            plain = self._encode(word.lstrip())
             if not plain:
                 raise ValueError(f"bad_words must hold words that have tokens, got {word!r}")
-            spaced = self._tokenizer.encode_words(" " + word.lstrip())
+            spaced = self._encode(" " + word.lstrip())
             found += [plain] if spaced == plain else [plain, spaced]
         return found
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxllm.detokenizer import PRIMING_TOKENS, TextStream
 from jaxllm.logprobs import logprob_dict
 from jaxllm.outputs import CompletionOutput, Logprob
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling import FinishReason, Request
-from jaxllm.tokenizer import PRIMING_TOKENS, TextStream, Tokenizer
+from jaxllm.tokenizer import Tokenizer
 
 
 class Sequence:

@@ -111,7 +111,7 @@ class ModelConfig:
         head_dim = get.integer("head_dim", default=hidden_size // num_heads)
         attention_bias = get.boolean("attention_bias", default=False)
         return cls(
-            architecture=_architecture(config),
+            architecture=architecture_of(config),
             vocab_size=get.integer("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=get.integer("intermediate_size"),
@@ -169,7 +169,8 @@ class _Reader:
         return value
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The first of config.json's `architectures`. Raises ValueError if there is none."""
     names = config.get("architectures")
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(

@@ -14,6 +14,7 @@ _SMALL_FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "*.py",  # a tokenizer's own code, which runs only with trust_remote_code
 )
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 _PYTORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json")

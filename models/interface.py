@@ -37,7 +37,9 @@ class StepBatch:
     token_ids: jax.Array  # i32[T]
     positions: jax.Array  # i32[T]
     seq_ids: jax.Array  # i32[T] row of the token; padding: any row
-    slots: jax.Array  # i32[T] where its KV goes: page * page_size + offset; padding: P * page_size or more
+    slots: (
+        jax.Array
+    )  # i32[T] where its KV goes: page * page_size + offset; padding: P * page_size or more. No two equal
     page_table: jax.Array  # i32[S, W]
     kv_lens: jax.Array  # i32[S] KV length with this step's tokens; 0: unused row
     query_starts: jax.Array  # i32[S + 1]
@@ -63,6 +65,7 @@ class Model(Protocol):
     `weight_names` maps a checkpoint's names to ours, one row per module: `(checkpoint name, our path)` or
     `(checkpoint name, our path, part of a merged weight)`. `{}` stands for a layer's number, and the last word
     ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of checkpoint tensors nothing uses.
+    A family whose config.json has keys of its own names a subclass of ModelConfig in `config_class`.
     """
 
     weight_names: ClassVar[tuple[tuple[str, ...], ...]]
@@ -93,6 +96,7 @@ class Network:
     def __init__(self, module: nnx.Module, config: ModelConfig, dtype: jnp.dtype):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.module_class = type(module)
         self.weight_names = module.weight_names
         self.ignored_weights = module.ignored_weights
         self.kv_shapes = module.kv_shapes

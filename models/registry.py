@@ -6,11 +6,13 @@ through the entry-point group "jaxllm.models", whose names are architectures and
 
 import difflib
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import entry_points
+from typing import Any
 
 import jax.numpy as jnp
 
-from jaxllm.models.config import DTYPES, ModelConfig
+from jaxllm.models.config import DTYPES, ModelConfig, architecture_of
 from jaxllm.models.interface import Network
 
 ENTRY_POINT_GROUP = "jaxllm.models"
@@ -63,6 +65,14 @@ def model_class(architecture: str) -> type:
         return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"architecture {architecture!r} is registered as {target!r}: {error}") from error
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The dict of a config.json, checked by the class that its architecture names for it (`Model.config_class`).
+
+    Raises: ValueError naming the key, its value and what is allowed.
+    """
+    return getattr(model_class(architecture_of(config)), "config_class", ModelConfig).from_hf(config)
 
 
 def build(config: ModelConfig, dtype=None) -> Network:

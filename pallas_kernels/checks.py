@@ -1,6 +1,7 @@
 """Shape checks that the ops share: an error names the argument, its shape and what is wanted."""
 
 import jax
+import jax.numpy as jnp
 
 
 def check_shape(name: str, array: jax.Array, letters: str, sizes: dict[str, int]) -> None:
@@ -26,3 +27,22 @@ def check_attention(q, k_pages, v_pages, page_table, kv_lens, query_letters: str
     if sizes["N"] % sizes["K"]:
         raise ValueError(f"q has N={sizes['N']} heads, which must be a multiple of the K={sizes['K']} KV heads")
     return sizes
+
+
+def check_options(sizes, k_pages, window, soft_cap, alibi_slopes, k_scales, v_scales) -> dict:
+    """Checks the options of both attention ops; returns those that are given, by name."""
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1, or None")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap} must be above 0, or None")
+    if alibi_slopes is not None:
+        check_shape("alibi_slopes", alibi_slopes, "N", sizes)
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if (scales is not None) != (jnp.dtype(k_pages.dtype).itemsize == 1):
+            raise ValueError(f"{name} must be given for pages of an 8-bit dtype and for no other, got {k_pages.dtype}")
+        if scales is not None:
+            check_shape(name, scales, "P K page_size", sizes)
+    options = dict(
+        window=window, soft_cap=soft_cap, alibi_slopes=alibi_slopes, k_scales=k_scales, v_scales=v_scales
+    )  # fmt: skip
+    return {name: value for name, value in options.items() if value is not None}

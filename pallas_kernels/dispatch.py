@@ -3,14 +3,22 @@
 An op lists its implementations, best first. On a device, the first that says it supports the call is taken. An
 implementation is passed over for one reason alone, that it does not support the call; an error in a chosen one is an
 error. When none is left, the message holds every reason.
+
+The environment variable PALLAS_KERNELS_BACKEND names one for all ops that have it, to compare and to find faults.
 """
 
+import functools
+import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "PALLAS_KERNELS_BACKEND"
 BACKENDS = ("mosaic_gpu", "interpret", "reference")
 
 
@@ -34,12 +42,13 @@ class Implementation:
 
 
 def run(op: str, implementations: Mapping[str, Implementation], backend: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Runs `op` with the implementation for this platform, or with the one that `backend` names.
+    """Runs `op` with the implementation for this platform, or with the one that `backend` (or the environment) names.
 
     Raises: ValueError for an unknown backend; UnsupportedError if no implementation takes the call.
     """
     if backend is not None and backend not in implementations:
         raise ValueError(f"backend must be one of {', '.join(implementations)} for {op}, got {backend!r}")
+    backend = backend or _backend_of_environment(implementations)
     platform = jax.default_backend()
     reasons = []
     for name, one in implementations.items():
@@ -50,5 +59,19 @@ def run(op: str, implementations: Mapping[str, Implementation], backend: str | N
         elif (reason := one.supported(*args, **kwargs)) is not None:
             reasons.append(f"{name}: {reason}")
         else:
+            if reasons and platform == "gpu":
+                _tell_once(op, name, "; ".join(reasons))
             return one.function(*args, **kwargs)
     raise UnsupportedError(f"nothing can run {op}: " + "; ".join(reasons))
+
+
+def _backend_of_environment(implementations: Mapping[str, Implementation]) -> str | None:
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
+    if wanted is not None and wanted not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
+    return wanted if wanted in implementations else None
+
+
+@functools.cache
+def _tell_once(op: str, name: str, reasons: str) -> None:
+    logger.warning("%s runs as %s: %s", op, name, reasons)

@@ -51,12 +51,19 @@ def attend(
     *,
     scale: float,
     blocks: BlockSizes,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of every query in a tile over its row's pages.
 
-    q [T, N, H]; k_pages, v_pages [P, K, page_size, H]; page_table i32[S, W]. Returns [T, N, H] in q's dtype, zeros for
-    tokens in no tile.
+    q [T, N, H]; k_pages, v_pages [P, K, page_size, H]; page_table i32[S, W]. The options are paged_decode's. Returns
+    [T, N, H] in q's dtype, zeros for tokens in no tile.
     """
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.astype(jnp.float32)
     num_pages, _, page_size, _ = k_pages.shape
     chunk_pages = min(max(1, blocks.keys // page_size), page_table.shape[1])
     group = min(blocks.tiles, tiles.rows.shape[0])
@@ -72,36 +79,74 @@ def attend(
 
         tile_tokens = of_group(tokens)
         tile_q = q.at[tile_tokens].get(mode="fill", fill_value=0)
+        keys, values = _Pages(k_pages, k_scales), _Pages(v_pages, v_scales)
         tile_out = _attend_group(
-            tile_q, of_group(positions), page_table[of_group(rows)], k_pages, v_pages, scale, chunk_pages
-        )
+            tile_q, of_group(positions), page_table[of_group(rows)], keys, values, chunk_pages,
+            _Scoring(scale, window, soft_cap, alibi_slopes),
+        )  # fmt: skip
         return out.at[tile_tokens].set(tile_out.astype(out.dtype), mode="drop")
 
     return lax.fori_loop(0, (tiles.count + group - 1) // group, attend_to_group, jnp.zeros_like(q))
 
 
-def _attend_group(q, positions, page_rows, k_pages, v_pages, scale, chunk_pages):
+class _Pages(NamedTuple):
+    pages: jax.Array  # [P, K, page_size, H]
+    scales: jax.Array | None  # f32[P, K, page_size] of a token's 8-bit values
+
+
+class _Scoring(NamedTuple):
+    """From products of queries and keys to scores, and which keys a query sees."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    alibi_slopes: jax.Array | None  # f32[N]
+
+    def scores(self, products, distances, group):
+        """products [G, K, M, C]; distances i32[G, 1, M, C], how far before the query a key is; M = (group, B)."""
+        scores = products * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        if self.alibi_slopes is not None:
+            slopes = jnp.repeat(self.alibi_slopes.reshape(-1, group), products.shape[2] // group, axis=1)
+            scores -= slopes[None, :, :, None] * distances
+        return scores
+
+    def sees(self, distances):
+        seen = distances >= 0
+        return seen if self.window is None else seen & (distances < self.window)
+
+    def first_key(self, positions):
+        """The first key that any query at positions i32[...] sees; -1 stands for no query."""
+        if self.window is None:
+            return jnp.int32(0)
+        first_query = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min()
+        return jnp.maximum(first_query - (self.window - 1), 0)
+
+
+def _attend_group(q, positions, page_rows, keys, values, chunk_pages, scoring):
     """q [G, B, N, H], positions i32[G, B], page_rows i32[G, W], W a multiple of chunk_pages -> float32 [G, B, N, H]."""
     G, B, N, H = q.shape
-    K, page_size = k_pages.shape[1:3]
+    K, page_size = keys.pages.shape[1:3]
     R = N // K  # query heads that share a KV head
     # M = (R, B): the queries that meet the same keys are the rows of one matrix product; K and V are never repeated.
-    q = (q.astype(jnp.float32) * scale).reshape(G, B, K, R, H).transpose(0, 2, 3, 1, 4).reshape(G, K, R * B, H)
+    q = q.astype(jnp.float32).reshape(G, B, K, R, H).transpose(0, 2, 3, 1, 4).reshape(G, K, R * B, H)
     query_positions = jnp.broadcast_to(positions[:, None, None, :], (G, 1, R, B)).reshape(G, 1, R * B, 1)
     last_position = positions.max(axis=1)
     chunk = chunk_pages * page_size
 
     def add_chunk(i, state):
-        top, total, acc = (
-            state  # running maximum [G, K, M], sum of exponentials [G, K, M], weighted values [G, K, M, H]
-        )
+        # running maximum [G, K, M], sum of exponentials [G, K, M], weighted values [G, K, M, H]
+        top, total, acc = state
         ids = lax.dynamic_slice_in_dim(page_rows, i * chunk_pages, chunk_pages, axis=1)
         key_positions = i * chunk + jnp.arange(chunk)
-        k, v = _gather(k_pages, ids), _gather(v_pages, ids)
+        k, v = _gather(keys, ids), _gather(values, ids)
         # A weight of zero does not silence a NaN: what lies past the row's end is replaced, not only masked.
         v = jnp.where((key_positions <= last_position[:, None])[:, None, :, None], v, 0)
-        visible = key_positions <= query_positions
-        scores = jnp.where(visible, jnp.einsum("gkmh,gkch->gkmc", q, k), MASKED)
+        distances = query_positions - key_positions
+        visible = scoring.sees(distances)
+        scores = scoring.scores(jnp.einsum("gkmh,gkch->gkmc", q, k), distances, R)
+        scores = jnp.where(visible, scores, MASKED)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0)
         decay = jnp.exp(top - new_top)
@@ -112,20 +157,24 @@ def _attend_group(q, positions, page_rows, k_pages, v_pages, scale, chunk_pages)
     start = jnp.full((G, K, R * B), MASKED), jnp.zeros((G, K, R * B)), jnp.zeros((G, K, R * B, H))
     # last_position // chunk + 1 chunks reach the farthest query's own key; none if the group has no query.
     num_chunks = jnp.minimum(last_position.max() // chunk + 1, page_rows.shape[1] // chunk_pages)
-    _, total, acc = lax.fori_loop(0, num_chunks, add_chunk, start)
+    _, total, acc = lax.fori_loop(scoring.first_key(positions) // chunk, num_chunks, add_chunk, start)
     out = acc / jnp.where(total == 0, 1, total)[..., None]
     return out.reshape(G, K, R, B, H).transpose(0, 3, 1, 2, 4).reshape(G, B, N, H)
 
 
-def _gather(pages, ids):
-    """pages [P, K, page_size, H] at ids i32[G, C] -> float32 [G, K, C * page_size, H]."""
-    P, K, page_size, H = pages.shape
+def _gather(source, ids):
+    """The pages at ids i32[G, C], scaled -> float32 [G, K, C * page_size, H]."""
+    P, K, page_size, H = source.pages.shape
     G, C = ids.shape
     # One (page, head) after the other already in the order wanted: no transpose after the gather. As rows of a matrix,
     # which XLA gathers twice as fast on a CPU as the same bytes in three dimensions.
     rows = ids[:, None, :] * K + jnp.arange(K)[None, :, None]
-    flat = pages.reshape(P * K, page_size * H).at[rows].get(mode="promise_in_bounds")
-    return flat.reshape(G, K, C * page_size, H).astype(jnp.float32)
+
+    def take(x, width):
+        return x.reshape(P * K, -1).at[rows].get(mode="promise_in_bounds").reshape(G, K, C * page_size, width)
+
+    values = take(source.pages, H).astype(jnp.float32)
+    return values if source.scales is None else values * take(source.scales, 1)
 
 
 def _pad_to_multiple(x, multiple, axis, fill):

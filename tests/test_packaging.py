@@ -97,6 +97,7 @@ def test_the_wheel_holds_every_source_file(wheel):
         for path in (ROOT / folder).rglob("*.py")
     }
     expected |= {f"jaxllm/default_model/{name}" for name in MODEL_FILES} | {"jaxllm/py.typed"}
+    expected |= {f"jaxllm/chat_templates/{path.name}" for path in (ROOT / "jaxllm" / "chat_templates").iterdir()}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 

@@ -105,7 +105,9 @@ def control(logits: jax.Array, rows: SamplingRows, tables: ControlTables, mask: 
     """
     size, index = logits.shape[1], jnp.arange(len(logits))[:, None]
     on = rows.controlled[:, None]
-    logits = logits.at[index, tables.bias_ids].add(jnp.where(on, tables.bias, 0.0), mode="drop")
+    bias = jnp.where(on, tables.bias, 0.0)
+    # A token has one bias; what repeats is padding, out of range. XLA need not add atomically.
+    logits = logits.at[index, tables.bias_ids].add(bias, mode="drop", unique_indices=True)
     counts = tables.counts.astype(jnp.float32)
     penalty = rows.repetition_penalty[:, None]
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -120,7 +122,7 @@ def count_tokens(tables: ControlTables, slots: jax.Array, tokens: jax.Array) -> 
     """Counts each sampled token i32[S] for its slot i32[S]; slots out of range are dropped."""
     before = tables.counts.at[slots, tokens].get(mode="clip")
     after = jnp.minimum(before, _MAX_COUNT - 1) + jnp.uint16(1)
-    return tables._replace(counts=tables.counts.at[slots, tokens].set(after, mode="drop"))
+    return tables._replace(counts=tables.counts.at[slots, tokens].set(after, mode="drop", unique_indices=True))
 
 
 def num_words(vocab_size: int) -> int:

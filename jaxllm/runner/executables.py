@@ -1,12 +1,13 @@
 """Executables: every program that the engine may run, compiled or loaded before the first request.
 
-JAX compiles a function again, silently, for every new input shape. Here nothing is compiled silently: programs are
-lowered and compiled by name, several at a time, through JAX's persistent cache; asking later for one that is not there
-is an error in tests and a warning in production.
+JAX compiles a function again, silently, for every new input shape. Here nothing is compiled silently: programs are read
+from a cache or compiled by name, several at a time; asking later for one that is not there is an error in tests and a
+warning in production.
 """
 
 import logging
 import os
+import pathlib
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 import jax
 from tqdm import tqdm
+
+from jaxllm.runner.program_cache import ProgramCache
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +33,12 @@ class Executables:
 
     Args:
       lower: key -> jax.stages.Lowered. Runs in one thread; the compilations run in several.
+      cache: where programs are kept between processes; none: nowhere.
     """
 
-    def __init__(self, lower: Callable[[Any], jax.stages.Lowered]) -> None:
+    def __init__(self, lower: Callable[[Any], jax.stages.Lowered], cache: ProgramCache | None = None) -> None:
         self._lower = lower
+        self._cache = cache
         self._compiled: dict[Hashable, jax.stages.Compiled] = {}
         self._warm = False
 
@@ -47,39 +52,54 @@ class Executables:
         return len(self._compiled)
 
     def warm_up(self, keys: list[Hashable], progress: bool) -> float:
-        """Compiles, or loads from the persistent cache, all of `keys`; returns the seconds it took."""
+        """Loads or compiles all of `keys`; returns the seconds it took."""
         start = time.perf_counter()
+        keys = [key for key in keys if key not in self._compiled]
+        bar = tqdm(total=len(keys), desc="Compiling", unit="program", disable=not progress, dynamic_ncols=True)
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
-            bar = tqdm(total=len(keys), desc="Compiling", unit="program", disable=not progress, dynamic_ncols=True)
+            found = list(pool.map(self._load, keys))
+            missing = [key for key, program in zip(keys, found, strict=True) if program is None]
+            bar.update(len(keys) - len(missing))
 
             def compile_one(key: Hashable, lowered: jax.stages.Lowered) -> None:
-                self._compiled[key] = lowered.compile()
+                self._compile(key, lowered)
                 bar.update()
 
-            jobs = [pool.submit(compile_one, key, self._lower(key)) for key in keys if key not in self._compiled]
-            for job in jobs:
+            for job in [pool.submit(compile_one, key, self._lower(key)) for key in missing]:
                 job.result()
-            bar.close()
+        bar.close()
         self._warm = True
         return time.perf_counter() - start
+
+    def _load(self, key: Hashable) -> jax.stages.Compiled | None:
+        program = None if self._cache is None else self._cache.load(key)
+        if program is not None:
+            self._compiled[key] = program
+        return program
+
+    def _compile(self, key: Hashable, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        compiled = self._compiled[key] = lowered.compile()
+        if self._cache is not None:
+            self._cache.save(key, compiled)
+        return compiled
 
     def _compile_late(self, key: Hashable) -> jax.stages.Compiled:
         if self._warm:
             if on_late_compilation == "raise":
                 raise LateCompilation(f"{key} was not compiled at start-up")
             logger.warning("compiling %s after warm-up: this step will take seconds", key)
-        compiled = self._compiled[key] = self._lower(key).compile()
-        return compiled
+        return self._load(key) or self._compile(key, self._lower(key))
 
 
-def use_persistent_cache() -> None:
+def use_persistent_cache() -> pathlib.Path | None:
     """Turns on JAX's compilation cache on disk, unless the user has configured one (or none) already.
 
-    Its folder is $JAXLLM_CACHE_DIR/xla, else ~/.cache/jaxllm/xla.
+    Its folder is $JAXLLM_CACHE_DIR/xla, else ~/.cache/jaxllm/xla. Returns the folder in use; None if there is none.
     """
-    if jax.config.jax_compilation_cache_dir is not None or os.environ.get("JAX_COMPILATION_CACHE_DIR") is not None:
-        return
-    root = os.environ.get("JAXLLM_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "jaxllm")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(root, "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if jax.config.jax_compilation_cache_dir is None and os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
+        root = os.environ.get("JAXLLM_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "jaxllm")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    folder = jax.config.jax_compilation_cache_dir
+    return pathlib.Path(folder) if folder and jax.config.jax_enable_compilation_cache else None

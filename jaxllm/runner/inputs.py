@@ -19,7 +19,9 @@ from jaxllm.runner.shapes import StepShape
 from jaxllm.scheduling.plan import StepPlan
 
 _HEADER = 4
-_ROW = 5  # slot, num_tokens, kv_len, samples, prompt_len; then the sampling parameters
+# slot, num_tokens, kv_len, samples, prompt_len; then the sampling parameters. Of a decode-only shape, num_tokens is in
+# how many of the steps in a row the row takes part, and kv_len its length in the first.
+_ROW = 5
 ROW_WIDTH = _ROW + SamplingTable.width
 NO_ENTRY = np.iinfo(np.int32).max  # an index that is always out of range, and dropped
 
@@ -29,6 +31,9 @@ class DeviceState(NamedTuple):
 
     page_table: jax.Array  # i32[max_num_seqs, W]
     last_token: jax.Array  # i32[max_num_seqs]
+
+    def with_last_tokens(self, slots: jax.Array, tokens: jax.Array) -> "DeviceState":
+        return self._replace(last_token=self.last_token.at[slots].set(tokens, mode="drop"))
 
 
 class UnpackedStep(NamedTuple):
@@ -83,7 +88,7 @@ class InputLayout:
         rows[:num_rows, 0] = plan.slots
         rows[num_rows:, 0] = self.max_num_seqs
         rows[:num_rows, 1] = plan.num_tokens
-        rows[:num_rows, 2] = plan.starts + plan.num_tokens
+        rows[:num_rows, 2] = plan.starts + (1 if self.shape.decode_only else plan.num_tokens)
         rows[:num_rows, 3] = plan.samples
         rows[:num_rows, 4] = sampling.prompt_len[plan.slots]
         rows[:num_rows, _ROW:] = sampling.rows[plan.slots]
@@ -97,35 +102,62 @@ class InputLayout:
 
     def unpack(self, packed: jax.Array, state: DeviceState, num_pages: int) -> UnpackedStep:
         """The step's batch, on the device. `num_pages` is the size of the KV pool."""
-        T, S = self.shape.num_tokens, self.shape.num_rows
-        num_tokens, num_decodes = packed[0], packed[2]
-        parts = jnp.split(packed[_HEADER:], np.cumsum([S * ROW_WIDTH, 2 * self.num_updates]))
-        rows, updates, token_ids = parts[0].reshape(S, -1), parts[1].reshape(-1, 2), parts[2]
-        slots, counts, kv_lens, _, prompt_lens = (rows[:, i] for i in range(_ROW))
-        state = write_page_table(state, updates)
+        state = self.update_page_table(packed, state)
+        if self.shape.decode_only:
+            return self.unpack_decode(packed, state, num_pages, step=0)
+        T, num_tokens = self.shape.num_tokens, packed[0]
+        rows, _, token_ids = self._split(packed)
+        slots, counts, kv_lens = rows[:, 0], rows[:, 1], rows[:, 2]
         query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
         index = jnp.arange(T, dtype=jnp.int32)
-        seq_ids = index if self.shape.decode_only else _row_of_token(query_starts, T)
+        seq_ids = _row_of_token(query_starts, T)
         positions = jnp.maximum(kv_lens - counts, 0)[seq_ids] + index - query_starts[seq_ids]
-        in_use = index < num_tokens
-        page_table = state.page_table.at[slots].get(mode="fill", fill_value=0)
-        pages = page_table[seq_ids, jnp.clip(positions // self.page_size, 0, self.max_pages - 1)]
-        kv_slots = jnp.where(in_use, pages * self.page_size + positions % self.page_size, num_pages * self.page_size)
         in_flight = state.last_token.at[slots[seq_ids]].get(mode="clip")
-        batch = StepBatch(
-            token_ids=jnp.where(in_use, jnp.where(token_ids < 0, in_flight, token_ids), 0),
+        token_ids = jnp.where(token_ids < 0, in_flight, token_ids)
+        batch = self._batch(
+            rows, state, num_pages, in_use=index < num_tokens, token_ids=token_ids, positions=positions,
+            seq_ids=seq_ids, kv_lens=kv_lens, query_starts=query_starts, num_decodes=packed[2],
+        )  # fmt: skip
+        return UnpackedStep(batch, jnp.maximum(query_starts[1:] - 1, 0), rows, state)
+
+    def unpack_decode(self, packed: jax.Array, state: DeviceState, num_pages: int, step: int | jax.Array):
+        """The same for the `step`-th of a decode-only shape's steps in a row, whose page updates are done."""
+        rows, _, token_ids = self._split(packed)
+        takes_part = step < rows[:, 1]
+        kv_lens = jnp.where(takes_part, rows[:, 2] + step, 0)
+        in_flight = state.last_token.at[rows[:, 0]].get(mode="clip")
+        token_ids = jnp.where((token_ids < 0) | (step > 0), in_flight, token_ids)
+        index = jnp.arange(self.shape.num_rows, dtype=jnp.int32)
+        batch = self._batch(
+            rows, state, num_pages, in_use=takes_part, token_ids=token_ids, positions=kv_lens - 1, seq_ids=index,
+            kv_lens=kv_lens, query_starts=jnp.arange(self.shape.num_rows + 1, dtype=jnp.int32), num_decodes=packed[2],
+        )  # fmt: skip
+        return UnpackedStep(batch, index, rows, state)
+
+    def update_page_table(self, packed: jax.Array, state: DeviceState) -> DeviceState:
+        return write_page_table(state, self._split(packed)[1])
+
+    def _split(self, packed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """rows [S, row width], page updates [U, 2], token ids [T]."""
+        S = self.shape.num_rows
+        parts = jnp.split(packed[_HEADER:], np.cumsum([S * ROW_WIDTH, 2 * self.num_updates]))
+        return parts[0].reshape(S, -1), parts[1].reshape(-1, 2), parts[2]
+
+    def _batch(self, rows, state, num_pages, *, in_use, token_ids, positions, seq_ids, **fields) -> StepBatch:
+        page_table = state.page_table.at[rows[:, 0]].get(mode="fill", fill_value=0)
+        pages = page_table[seq_ids, jnp.clip(positions // self.page_size, 0, self.max_pages - 1)]
+        padding = num_pages * self.page_size + jnp.arange(len(token_ids), dtype=jnp.int32)
+        kv_slots = jnp.where(in_use, pages * self.page_size + positions % self.page_size, padding)
+        return StepBatch(
+            token_ids=jnp.where(in_use, token_ids, 0),
             positions=jnp.where(in_use, positions, 0),
             seq_ids=seq_ids,
             slots=kv_slots,
             page_table=page_table,
-            kv_lens=kv_lens,
-            query_starts=query_starts,
-            prompt_lens=prompt_lens,
-            num_decodes=num_decodes,
+            prompt_lens=rows[:, 4],
             decode_only=self.shape.decode_only,
+            **fields,
         )
-        last = jnp.maximum(query_starts[1:] - 1, 0)
-        return UnpackedStep(batch, last, rows, state)
 
 
 def write_page_table(state: DeviceState, entries: jax.Array) -> DeviceState:

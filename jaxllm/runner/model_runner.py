@@ -24,15 +24,19 @@ from jaxllm.runner.inputs import (
     write_page_table,
 )
 from jaxllm.runner.logprobs import Logprobs
+from jaxllm.runner.program_cache import ProgramCache
 from jaxllm.runner.prompt_logprobs import PromptProgram, PromptScorer, PromptScores
 from jaxllm.runner.sampler import Level, SamplingTable
 from jaxllm.runner.shapes import SampleShape, ShapeLadder, StepShape
-from jaxllm.runner.step import StepOutputs, make_controlled_sampler, make_forward, make_sampler
+from jaxllm.runner.step import StepOutputs, make_controlled_sampler, make_decode_loop, make_forward, make_sampler
 from jaxllm.scheduling import StepPlan
 from jaxllm.scheduling.request import Request
 
 logger = logging.getLogger(__name__)
 
+# Greedy decode steps in one program. On a CPU handing a step over costs little beside the step, and compiling much.
+LOOP_STEPS = {"cpu": 1, "gpu": 8}
+LOOP_WEIGHT_BYTES = 4 * 10**9  # that a GPU reads in a millisecond or so
 _TABLE_ENTRIES = 1024  # page-table entries that one call of write_page_table takes
 _WRITE_TABLE = "page table"  # its key among the executables
 
@@ -46,11 +50,7 @@ class RunnerResult:
     """
 
     def __init__(
-        self,
-        outputs: list[StepOutputs],
-        num_rows: int,
-        prompt_scores: PromptScores | None,
-        failed: list[Request],
+        self, outputs: list[StepOutputs], num_rows: int, prompt_scores: PromptScores | None, failed: list[Request]
     ) -> None:
         self._outputs = outputs
         self._num_rows = num_rows
@@ -58,12 +58,10 @@ class RunnerResult:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """i32[num_steps, S]; -1 where a row took no part in a step. Waits for the device."""
-        tokens = np.full((len(self._outputs), self._num_rows), -1, np.int32)
-        for step, outputs in enumerate(self._outputs):
-            values = np.asarray(outputs.tokens)[: self._num_rows]
-            tokens[step, : len(values)] = values
-        return tokens
+        """i32[num_steps, S]; meaningless where a row takes no part in a step. Waits for the device."""
+        parts = [np.asarray(outputs.tokens)[:, : self._num_rows] for outputs in self._outputs]
+        # Rows are sorted, those with the most steps first: later parts may have fewer.
+        return np.concatenate([np.pad(part, ((0, 0), (0, self._num_rows - part.shape[1]))) for part in parts])
 
     @cached_property
     def logprobs(self) -> list[Logprobs]:
@@ -94,18 +92,19 @@ class ModelRunner:
     """
 
     def __init__(self, network: Network, params: Params, config: EngineConfig, shrink_model_len: bool = False) -> None:
-        if not config.enforce_eager:
-            use_persistent_cache()
+        self._cache_folder = None if config.enforce_eager else use_persistent_cache()
         self.network, self.params, self.config = network, params, config
         self.max_pages = -(-config.max_model_len // config.block_size)
+        platform = _device_of(params).platform
         # On a CPU compiling is slow, and a padded token cheap compared with it.
-        growth = 4 if _device_of(params).platform == "cpu" else 2
-        self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth)
-        self.executables = Executables(self._lower)
-        program = self.executables.__getitem__
+        growth = 4 if platform == "cpu" else 2
+        self.loop_steps = self._choose_loop_steps(platform)
+        self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth, self.loop_steps)
         self.sampling = SamplingTable(config.max_num_seqs)
-        self._host_sampling = HostSampling(config.max_num_seqs, network.config.vocab_size, program)
-        self._prompt_scorer = PromptScorer(network, config.max_logprobs, program)
+        self._host_sampling = HostSampling(
+            config.max_num_seqs, network.config.vocab_size, lambda key: self.executables[key]
+        )
+        self._prompt_scorer = PromptScorer(network, config.max_logprobs, lambda key: self.executables[key])
         self._prompt_scores: PromptScores | None = None  # of the plan that is being submitted, as is the next
         self._failed: list[Request] = []
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
@@ -115,6 +114,7 @@ class ModelRunner:
         if shrink_model_len:
             self._shrink_model_len()
         kv_pool.check_holds_one_sequence(self.num_pages, config.block_size, self.config.max_model_len, self._page_bytes)
+        self.executables = self._programs()
         if not config.enforce_eager:  # before the KV pages: tuning a matrix product takes memory of its own
             self._warm_up()
         self.reset()
@@ -135,36 +135,47 @@ class ModelRunner:
         """Hands a plan to the device and returns without waiting for it."""
         self._meet_new_requests(plan)
         self._prompt_scores, self._failed = None, []
-        outputs = [self._submit_step(step) for step in plan.single_steps()]
+        level = self.sampling.level(plan.slots)
+        loops = plan.num_steps // self.loop_steps if self.loop_steps > 1 and level == Level.GREEDY else 0
+        sizes = [self.loop_steps] * loops + [1] * (plan.num_steps - loops * self.loop_steps)
+        outputs = [self._submit_part(part, level) for part in plan.split(sizes)]
         for one in outputs:
             one.tokens.copy_to_host_async()
         return RunnerPending(outputs, len(plan.slots), self._prompt_scores, self._failed)
 
-    def _submit_step(self, plan: StepPlan) -> StepOutputs:
-        shape = self.ladder.fit(len(plan.tokens), len(plan.slots), plan.num_decodes == len(plan.slots))
+    def _submit_part(self, plan: StepPlan, level: Level) -> StepOutputs:
+        """One program's work: a step, or a loop of them."""
+        decode_only = plan.num_decodes == len(plan.slots)
+        shape = self.ladder.fit(len(plan.tokens), len(plan.slots), decode_only, loop=plan.num_steps > 1)
         layout = self._layout(shape)
         updates = self._send_surplus(page_table_entries(plan, self.max_pages), layout.num_updates)
         packed = layout.pack(plan, self.sampling, updates)
+        if shape.num_steps > 1:
+            self._kv, self._state, outputs = self.executables[shape](self.params, self._kv, self._state, packed)
+            return outputs
         forward = self.executables[shape]
-        self._kv, state, logits, rows, hidden = forward(self.params, self._kv, self._state, packed)
+        self._kv, state, outputs, logits, rows, hidden = forward(self.params, self._kv, self._state, packed)
         if hidden is not None and (scored := np.flatnonzero(self.sampling.scores_prompt[plan.slots])).size:
             self._prompt_scores = self._prompt_scorer.submit(self.params, plan, scored, hidden)
-        level = self.sampling.level(plan.slots)
-        sample = self.executables[SampleShape(shape.num_rows, level)]
-        if level.controls:
-            last_token, outputs = self._sample_controlled(sample, plan, state, logits, rows)
-        else:
-            last_token, outputs = sample(state.last_token, logits, rows)
-        self._state = DeviceState(state.page_table, last_token)
+        if level > Level.GREEDY:
+            sample = self.executables[SampleShape(shape.num_rows, level)]
+            if level.controls:
+                last_token, outputs = self._sample_controlled(sample, plan, state.last_token, logits, rows)
+            else:
+                last_token, outputs = sample(state.last_token, logits, rows)
+            state = state._replace(last_token=last_token)
+        self._state = state
         return outputs
 
-    def _sample_controlled(self, sample, plan: StepPlan, state: DeviceState, logits: jax.Array, rows: jax.Array):
+    def _sample_controlled(
+        self, sample: Any, plan: StepPlan, last_token: jax.Array, logits: jax.Array, rows: jax.Array
+    ):
         """(last_token, StepOutputs). What the host has to say it says while the device computes."""
         host = self._host_sampling
         stepwise = np.flatnonzero(self.sampling.stepwise[plan.slots] & plan.samples).tolist()
         logits, mask, failed = host.say(plan, stepwise, logits)
         self._failed += failed
-        last_token, host.tables, outputs = sample(state.last_token, host.tables, logits, rows, mask)
+        last_token, host.tables, outputs = sample(last_token, host.tables, logits, rows, mask)
         return last_token, outputs
 
     def _meet_new_requests(self, plan: StepPlan) -> None:
@@ -185,6 +196,26 @@ class ModelRunner:
         return entries
 
     # --- start-up
+
+    def _choose_loop_steps(self, platform: str) -> int:
+        """1 where a step is so long that the loop (see scheduling.loop) takes no more than one at a time."""
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        if platform != "cpu" and weights > LOOP_WEIGHT_BYTES:
+            return 1
+        return min(LOOP_STEPS.get(platform, LOOP_STEPS["gpu"]), self.config.num_scheduler_steps)
+
+    def _programs(self) -> Executables:
+        """The programs for the present number of pages."""
+        if self._cache_folder is None:
+            return Executables(self._lower)
+        # Whatever has no part in a program, or no repr of its own.
+        config = dataclasses.replace(
+            self.config, model=None, tokenizer=None, hf_overrides=None, scheduling_policy="fcfs", seed=0
+        )
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), self.params)
+        ingredients = (self.network.config, self._kv_dtype, config, self.max_pages, self.num_pages, shapes)
+        cache = ProgramCache(self._cache_folder / "programs", ingredients, [self.network.module_class])
+        return Executables(self._lower, cache)
 
     def _layout(self, shape: StepShape) -> InputLayout:
         return InputLayout(shape, self.config.block_size, self.config.max_num_seqs, self.max_pages)
@@ -207,7 +238,7 @@ class ModelRunner:
             return self._prompt_scorer.lower(key, _shapes_of(self.params))
         if isinstance(key, SampleShape):
             return self._lower_sampler(key, state.last_token)
-        return self._lower_forward(key, self.num_pages)
+        return self._lower_forward(key)
 
     def _lower_sampler(self, key: SampleShape, last_token: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
         seqs, host = self.config.max_num_seqs, self._host_sampling
@@ -219,11 +250,12 @@ class ModelRunner:
         sampler = jax.jit(make_controlled_sampler(level, seqs, self.config.max_logprobs), donate_argnums=(0, 1))
         return sampler.lower(last_token, host.abstract_tables, logits, rows, _shapes_of(host.all_allowed(key.num_rows)))
 
-    def _lower_forward(self, shape: StepShape, num_pages: int) -> jax.stages.Lowered:
-        kv, state = self._abstract_state(num_pages)
+    def _lower_forward(self, shape: StepShape) -> jax.stages.Lowered:
+        kv, state = self._abstract_state(self.num_pages)
         layout = self._layout(shape)
-        forward = make_forward(self.network, layout)
-        forward.__name__ = f"{'decode' if shape.decode_only else 'mixed'}_{shape.num_tokens}"
+        make = make_decode_loop if shape.num_steps > 1 else make_forward
+        forward = make(self.network, layout)
+        forward.__name__ = str(shape).replace(", ", "_").replace(" ", "_")
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         return jax.jit(forward, donate_argnums=(1, 2)).lower(_shapes_of(self.params), kv, state, packed)
 
@@ -231,7 +263,7 @@ class ModelRunner:
     def program_keys(self) -> list[Any]:
         """Everything that the runner may ever run; the largest programs first, for they take longest to compile."""
         rows = sorted({shape.num_rows for shape in self.ladder.all})
-        samplers = [SampleShape(count, level) for count in rows for level in Level]
+        samplers = [SampleShape(count, level) for count in rows for level in Level if level > Level.GREEDY]
         scorers = [PromptProgram(), *(PromptProgram(shape.num_tokens) for shape in self.ladder.mixed)]
         return [*reversed(self.ladder.all), *samplers, *scorers, *self._host_sampling.programs(rows), _WRITE_TABLE]
 
@@ -263,17 +295,18 @@ class ModelRunner:
         shape = self.ladder.mixed[-1]
         self.num_pages = self.max_pages
         self.reset()
-        forward = self._lower_forward(shape, self.num_pages).compile()
-        sampler = self._lower(SampleShape(shape.num_rows, Level.FULL)).compile()
-        scorer = self._lower(PromptProgram()).compile()
+        programs = self._programs()
+        forward, sampler, scorer = (
+            programs[key] for key in (shape, SampleShape(shape.num_rows, Level.FULL), PromptProgram())
+        )
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
-        self._kv, state, logits, rows, hidden = forward(self.params, self._kv, self._state, idle)
-        _, outputs = jax.block_until_ready(self._sample_controlled(sampler, StepPlan(0), state, logits, rows))
-        programs = [program.memory_analysis() for program in (forward, sampler, scorer)]
-        step_bytes = max(one.temp_size_in_bytes for one in programs) + programs[2].output_size_in_bytes
-        kept = jax.tree.leaves((logits, hidden, outputs))
-        step_bytes += 2 * sum(one.nbytes for one in kept)  # of this step and of the one ahead
-        self._kv = self._state = state = logits = hidden = outputs = kept = None
+        self._kv, state, _, logits, rows, hidden = forward(self.params, self._kv, self._state, idle)
+        sampled = self._sample_controlled(sampler, StepPlan(0), state.last_token, logits, rows)
+        sizes = [program.memory_analysis() for program in (forward, sampler, scorer)]
+        step_bytes = max(size.temp_size_in_bytes for size in sizes) + sizes[2].output_size_in_bytes
+        kept = jax.tree.leaves(jax.block_until_ready((logits, hidden, sampled)))
+        step_bytes += 2 * sum(array.nbytes for array in kept)  # of this step and of the one ahead
+        self._kv = self._state = state = logits = hidden = sampled = kept = None
         limit, in_use, _ = kv_pool.device_memory(_device_of(self.params))
         spare = limit // 64  # for fragments, and for what the libraries allocate as they go
         pages = kv_pool.pages_in(limit - in_use - step_bytes - spare, self._page_bytes)

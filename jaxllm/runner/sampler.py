@@ -163,10 +163,10 @@ class SamplingRows(NamedTuple):
 
 def sample(logits: jax.Array, rows: SamplingRows, level: Level) -> jax.Array:
     """Draws a token a row from f32[S, V] logits -> i32[S]."""
-    return _draw(logits, rows, level) if level >= Level.DRAW else _argmax(logits)
+    return _draw(logits, rows, level) if level >= Level.DRAW else argmax(logits)
 
 
-def _argmax(x: jax.Array) -> jax.Array:
+def argmax(x: jax.Array) -> jax.Array:
     """The first index of each row's maximum, i32[S]. As two plain reductions: on a CPU XLA's argmax is slow."""
     index = jnp.arange(x.shape[1], dtype=jnp.int32)
     return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, x.shape[1] - 1), axis=-1)
@@ -178,7 +178,7 @@ def _draw(logits: jax.Array, rows: SamplingRows, level: Level) -> jax.Array:
     if level.filters:  # in vLLM's order
         scaled = _keep_top_p(_keep_top_k(_keep_min_p(scaled, rows.min_p), rows.top_k), rows.top_p)
     drawn = _pick(jnp.exp(scaled), jax.vmap(_two_uniforms)(rows.seed, rows.positions))
-    return jnp.where(is_greedy, _argmax(logits), drawn)
+    return jnp.where(is_greedy, argmax(logits), drawn)
 
 
 def _two_uniforms(seed: jax.Array, position: jax.Array) -> jax.Array:

@@ -7,14 +7,20 @@ _SMALLEST_MIXED = 32  # tokens
 
 @dataclass(frozen=True, order=True)
 class StepShape:
-    """T tokens and S rows of a step, padding included. A decode-only step has one token a row, so T == S."""
+    """T tokens and S rows of a step, padding included. A decode-only step has one token a row, so T == S.
+
+    num_steps: how many decode steps the device does in a row, each fed with the tokens of the one before.
+    """
 
     num_tokens: int
     num_rows: int
     decode_only: bool
+    num_steps: int = 1
 
     def __str__(self) -> str:
-        return f"decode {self.num_rows}" if self.decode_only else f"mixed {self.num_tokens}"
+        if not self.decode_only:
+            return f"mixed {self.num_tokens}"
+        return f"decode {self.num_rows}" + (f", {self.num_steps} steps" if self.num_steps > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -30,27 +36,34 @@ class SampleShape:
 
 @dataclass(frozen=True)
 class ShapeLadder:
-    """Decode-only shapes by rows and mixed shapes by tokens, each growing by a factor from smallest to largest."""
+    """Decode-only shapes by rows and mixed shapes by tokens, each growing by a factor from smallest to largest.
+
+    `loops` are the decode-only shapes once more, for `loops[0].num_steps` steps in a row.
+    """
 
     decode: tuple[StepShape, ...]
     mixed: tuple[StepShape, ...]
+    loops: tuple[StepShape, ...] = ()
 
     @classmethod
-    def of(cls, max_num_seqs: int, max_num_batched_tokens: int, mixed_growth: int = 2) -> "ShapeLadder":
+    def of(
+        cls, max_num_seqs: int, max_num_batched_tokens: int, mixed_growth: int = 2, loop_steps: int = 1
+    ) -> "ShapeLadder":
         rows = steps(1, min(max_num_seqs, max_num_batched_tokens), 2)
         tokens = steps(min(_SMALLEST_MIXED, max_num_batched_tokens), max_num_batched_tokens, mixed_growth)
         return cls(
             tuple(StepShape(s, s, True) for s in rows),
             tuple(StepShape(t, min(t, max_num_seqs), False) for t in tokens),
+            tuple(StepShape(s, s, True, loop_steps) for s in rows if loop_steps > 1),
         )
 
     @property
     def all(self) -> tuple[StepShape, ...]:
-        return self.decode + self.mixed
+        return self.loops + self.decode + self.mixed
 
-    def fit(self, num_tokens: int, num_rows: int, decode_only: bool) -> StepShape:
-        """The smallest shape of the ladder that holds a step. Raises ValueError if none does."""
-        for shape in self.decode if decode_only else self.mixed:
+    def fit(self, num_tokens: int, num_rows: int, decode_only: bool, loop: bool = False) -> StepShape:
+        """The smallest shape of the ladder that holds a step, or a loop of them. Raises ValueError if none does."""
+        for shape in self.loops if loop else self.decode if decode_only else self.mixed:
             if shape.num_tokens >= num_tokens and shape.num_rows >= num_rows:
                 return shape
         raise ValueError(f"a step of {num_tokens} tokens in {num_rows} rows exceeds the largest shape, {self.all[-1]}")

@@ -1,44 +1,78 @@
-"""The device's work of a step, as two jitted functions: one for each shape of the ladder, one for each sampling level.
+"""The device's work of a step, as jitted functions: one for each shape of the ladder, and samplers.
 
-    packed inputs -> batch -> network -> logits of each row's last token
-                                         logits -> sampled token -> last_token of its slot
+    packed inputs -> batch -> network -> logits of each row's last token -> likeliest token -> last_token of its slot
+                                                            logits -> sampled token -> last_token of its slot
 
-They are two so that what sampling needs does not multiply the shapes of the network, which take long to compile.
+A step whose rows all want the likeliest token is one program, and so are several such decode steps in a row. Whatever
+else sampling needs is a program of its own that runs after it, so that it does not multiply the shapes of the network,
+which take long to compile.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.models.interface import KVPages, Network, Params
 from jaxllm.runner.controls import ControlTables, control, count_tokens, take_rows
-from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows
+from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows, UnpackedStep
 from jaxllm.runner.logprobs import Logprobs, log_probabilities
-from jaxllm.runner.sampler import Level, sample
+from jaxllm.runner.sampler import Level, argmax, sample
 
 
 class StepOutputs(NamedTuple):
-    tokens: jax.Array  # i32[S]; meaningless for rows that don't sample
+    tokens: jax.Array  # i32[num_steps, S]; meaningless where a row does not sample
     logprobs: Logprobs | None  # at a level with controls
 
 
 def make_forward(network: Network, layout: InputLayout):
-    """forward(params, kv, state, packed) -> (kv, state, logits f32[S, V], rows i32[S, row width], hidden [T, D]).
+    """forward(params, kv, state, packed) -> (kv, state, StepOutputs of the likeliest tokens, logits, rows, hidden).
 
-    `kv` and `state` are to be donated; `rows` is for the sampler; `hidden` is for the prompt's own log probabilities,
-    and None where no row has more than its last token.
+    `kv` and `state` are to be donated; `logits` f32[S, V] and `rows` i32[S, row width] are for the sampler; `hidden`
+    [T, D] is for prompts that are to be scored, and None where no row has more than its last token.
     """
 
     def forward(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
-        inputs = layout.unpack(packed, state, num_pages=kv[0].k.shape[0])
-        with jax.named_scope("forward"):
-            hidden, kv = network.forward(params, kv, inputs.batch)
-        with jax.named_scope("logits"):
-            decode_only = layout.shape.decode_only
-            logits = network.logits(params, hidden if decode_only else hidden[inputs.last_positions])
-        return kv, inputs.state, logits, inputs.rows, None if decode_only else hidden
+        step = layout.unpack(packed, state, num_pages=kv[0].k.shape[0])
+        kv, state, tokens, logits, hidden = _greedy_step(network, layout, params, kv, step)
+        return kv, state, StepOutputs(tokens[None], None), logits, step.rows, hidden
 
     return forward
+
+
+def make_decode_loop(network: Network, layout: InputLayout):
+    """decode(params, kv, state, packed) -> (kv, state, StepOutputs): layout.shape.num_steps greedy decode steps.
+
+    The number of steps is part of the program: were it not, the host would wait for each step to see if it is the last.
+    """
+
+    def decode(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
+        num_pages, num_steps = kv[0].k.shape[0], layout.shape.num_steps
+        state = layout.update_page_table(packed, state)
+
+        def one_step(i, carry):
+            kv, state, tokens = carry
+            step = layout.unpack_decode(packed, state, num_pages, i)
+            kv, state, new, _, _ = _greedy_step(network, layout, params, kv, step)
+            return kv, state, tokens.at[i].set(new)
+
+        tokens = jnp.zeros((num_steps, layout.shape.num_rows), jnp.int32)
+        kv, state, tokens = jax.lax.fori_loop(0, num_steps, one_step, (kv, state, tokens))
+        return kv, state, StepOutputs(tokens, None)
+
+    return decode
+
+
+def _greedy_step(network: Network, layout: InputLayout, params: Params, kv: KVPages, step: UnpackedStep):
+    with jax.named_scope("forward"):
+        hidden, kv = network.forward(params, kv, step.batch)
+    with jax.named_scope("logits"):
+        decode_only = layout.shape.decode_only
+        logits = network.logits(params, hidden if decode_only else hidden[step.last_positions])
+    tokens = argmax(logits)
+    slots = UnpackedRows.of(step.rows, layout.max_num_seqs).slots
+    slots = jnp.where(step.batch.kv_lens > 0, slots, layout.max_num_seqs)
+    return kv, step.state.with_last_tokens(slots, tokens), tokens, logits, None if decode_only else hidden
 
 
 def make_sampler(level: Level, max_num_seqs: int):
@@ -50,7 +84,7 @@ def make_sampler(level: Level, max_num_seqs: int):
     def sample_tokens(last_token: jax.Array, logits: jax.Array, rows: jax.Array):
         slots, sampling, _ = UnpackedRows.of(rows, max_num_seqs)
         tokens = sample(logits, sampling, level)
-        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens, None)
+        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens[None], None)
 
     return sample_tokens
 
@@ -70,6 +104,6 @@ def make_controlled_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
         tokens = sample(control(logits, sampling, own, mask), sampling, level)
         logprobs = log_probabilities(logits, tokens, own.wanted_ids, max_logprobs)
         tables = count_tokens(tables, slots, tokens)
-        return last_token.at[slots].set(tokens, mode="drop"), tables, StepOutputs(tokens, logprobs)
+        return last_token.at[slots].set(tokens, mode="drop"), tables, StepOutputs(tokens[None], logprobs)
 
     return sample_tokens

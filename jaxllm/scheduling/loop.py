@@ -10,7 +10,7 @@ from jaxllm.scheduling.plan import StepOutput, StepPlan
 from jaxllm.scheduling.request import IntArray
 from jaxllm.scheduling.scheduler import Scheduler
 
-BURST_SECONDS = 0.005  # so long a row's tokens may be held back, and a newcomer kept waiting, for the sake of few plans
+BURST_SECONDS = 0.008  # so long a row's tokens may be held back, and a newcomer kept waiting, for the sake of few plans
 
 
 class StepResult(Protocol):

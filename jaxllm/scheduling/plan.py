@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,23 +57,26 @@ class StepPlan:
     def __bool__(self) -> bool:
         return len(self.slots) > 0
 
-    def single_steps(self) -> Iterator[StepPlan]:
-        """The plan as plans of one step each. The page updates are all with the first."""
-        if self.num_steps == 1:
+    def split(self, sizes: Sequence[int]) -> Iterator[StepPlan]:
+        """The plan in parts of so many steps, which add up to num_steps. The page updates are all with the first."""
+        if len(sizes) == 1:
             yield self
             return
-        for step in range(self.num_steps):
+        step = 0
+        for size in sizes:
             rows = int(np.count_nonzero(self.num_tokens > step))
             yield StepPlan(
                 step=self.step,
                 slots=self.slots[:rows],
-                num_tokens=np.ones(rows, np.int64),
+                num_tokens=np.minimum(self.num_tokens[:rows] - step, size),
                 starts=self.starts[:rows] + step,
                 samples=self.samples[:rows],
                 num_decodes=rows,
                 tokens=self.tokens if step == 0 else np.full(rows, IN_FLIGHT, np.int32),
                 page_updates=self.page_updates if step == 0 else self.page_updates[:0],
+                num_steps=size,
             )
+            step += size
 
     def __str__(self) -> str:
         rows = ", ".join(f"{r.id}+{n}" for r, n in zip(self.requests, self.num_tokens, strict=True))

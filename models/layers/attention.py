@@ -17,25 +17,35 @@ from pallas_kernels.ragged_prefill import ragged_prefill
 
 
 def paged_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, kv: LayerKV, batch: StepBatch, *, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv: LayerKV,
+    batch: StepBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerKV]:
     """Write k, v [T, K, H] to their pages, then attend q [T, N, H] to each row's KV, causally -> ([T, N, H], kv).
 
-    Padding tokens give zeros.
+    `window`, `soft_cap` and `alibi_slopes` f32[N] are the kernels' (see paged_decode). Padding tokens give zeros.
     """
+    attend = dict(scale=scale, window=window, soft_cap=soft_cap, alibi_slopes=alibi_slopes)
     k_pages, v_pages = kv_write(kv.k, kv.v, k.astype(kv.k.dtype), v.astype(kv.v.dtype), batch.slots)
     kv = LayerKV(k_pages, v_pages)
     if batch.decode_only:
-        return paged_decode(q, *kv, batch.page_table, batch.kv_lens, scale=scale), kv
+        return paged_decode(q, *kv, batch.page_table, batch.kv_lens, **attend), kv
 
     # Decode rows come first with one token each, so they start where they would in a decode-only batch. Each kernel
     # is told that the other's rows are empty. (There are at most T of them, should T be less than S.)
     rows = min(batch.kv_lens.shape[0], q.shape[0])
     is_decode = jnp.arange(rows, dtype=jnp.int32) < batch.num_decodes
     decode_lens = jnp.where(is_decode, batch.kv_lens[:rows], 0)
-    decoded = paged_decode(q[:rows], *kv, batch.page_table[:rows], decode_lens, scale=scale)
+    decoded = paged_decode(q[:rows], *kv, batch.page_table[:rows], decode_lens, **attend)
     prefill_starts = jnp.maximum(batch.query_starts, batch.num_decodes)
-    out = ragged_prefill(q, *kv, batch.page_table, batch.kv_lens, prefill_starts, scale=scale)
+    out = ragged_prefill(q, *kv, batch.page_table, batch.kv_lens, prefill_starts, **attend)
     return out.at[:rows].set(jnp.where(is_decode[:, None, None], decoded, out[:rows])), kv
 
 

@@ -18,7 +18,7 @@ def kv_write(
       k_pages, v_pages: [P, K, page_size, H].
       k, v: [T, K, H], in the pages' dtype.
       slots: i32[T], page * page_size + offset. A slot of P * page_size or more (padding) is dropped; no slot may occur
-        twice.
+        twice, padding included.
 
     Raises: ValueError naming the argument whose shape does not fit.
     """

@@ -74,13 +74,15 @@ def _shared_bytes(tile, H, block, stages):
     return 4 * block * H * stages + 2 * tile * (3 * H + block) + 4 * 1024
 
 
-def supported(q, k_pages, v_pages, page_table, kv_lens, *, scale, interpret=False) -> str | None:
+def supported(q, k_pages, v_pages, page_table, kv_lens, *, scale, interpret=False, **options) -> str | None:
     """Why the kernel cannot take the call, or None."""
     del v_pages, page_table, kv_lens, scale
     N, H = q.shape[1:]
     K, page_size = k_pages.shape[1:3]
     if (reason := mosaic.unsupported(interpret)) is not None:
         return reason
+    if options:
+        return f"takes no {', '.join(options)}"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype != q.dtype:
         return f"q {q.dtype} with KV {k_pages.dtype}, one of bfloat16 and float16 for both is needed"
     if H not in (32, 64, 128, 256):

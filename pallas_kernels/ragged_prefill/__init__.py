@@ -5,7 +5,7 @@ from functools import partial
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.checks import check_attention
+from pallas_kernels.checks import check_attention, check_options
 from pallas_kernels.ragged_prefill import mosaic_gpu, reference
 
 _IMPLEMENTATIONS = {
@@ -26,6 +26,11 @@ def ragged_prefill(
     query_starts: jax.Array,
     *,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Attention of the new tokens of S rows, each over its cached prefix and, causally, its own new tokens.
@@ -38,6 +43,7 @@ def ragged_prefill(
       query_starts: i32[S + 1], ascending: row s owns q[query_starts[s]:query_starts[s + 1]], whose last query is at
         position kv_lens[s] - 1. Rows may own none.
       scale: multiplies the scores, usually H ** -0.5.
+      window, soft_cap, alibi_slopes, k_scales, v_scales: as in paged_decode.
 
     Returns: [T, N, H] in q's dtype, zeros for tokens that no row owns; softmax and sums in float32.
 
@@ -46,6 +52,6 @@ def ragged_prefill(
     sizes = check_attention(q, k_pages, v_pages, page_table, kv_lens, "T N H")
     if query_starts.shape != (sizes["S"] + 1,):
         raise ValueError(f"query_starts must be [S + 1] with S={sizes['S']}, got shape {list(query_starts.shape)}")
-    return dispatch.run(
-        "ragged_prefill", _IMPLEMENTATIONS, backend, q, k_pages, v_pages, page_table, kv_lens, query_starts, scale=scale
-    )
+    options = check_options(sizes, k_pages, window, soft_cap, alibi_slopes, k_scales, v_scales)
+    arrays = (q, k_pages, v_pages, page_table, kv_lens, query_starts)
+    return dispatch.run("ragged_prefill", _IMPLEMENTATIONS, backend, *arrays, scale=scale, **options)

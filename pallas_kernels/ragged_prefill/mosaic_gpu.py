@@ -473,12 +473,16 @@ def _out_in_place(sizes):
     return _shared_memory(sizes.H, sizes.dtype, sizes.config, in_place=False) > _SHARED_MEMORY
 
 
-def supported(q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale, config=None, interpret=False):
+def supported(
+    q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale, config=None, interpret=False, **options
+):
     """None, or why this kernel cannot take the call."""
     H, page_size = q.shape[2], k_pages.shape[2]
     config = config or choose_config(H, page_size)
     if (reason := mosaic.unsupported(interpret)) is not None:
         return reason
+    if options:
+        return f"takes no {', '.join(options)}"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k_pages.dtype == v_pages.dtype:
         return f"takes bfloat16 or float16 throughout, got {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
     if H % 32 or H > 256:

@@ -10,12 +10,12 @@ from pallas_kernels.tiled_attention import BlockSizes, Tiles, attend
 _BLOCKS = {"cpu": BlockSizes(queries=64, tiles=2, keys=128), "gpu": BlockSizes(queries=128, tiles=16, keys=512)}
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def ragged_prefill(q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale):
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
+def ragged_prefill(q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale, **options):
     """See pallas_kernels.ragged_prefill."""
     blocks = _BLOCKS.get(jax.default_backend(), _BLOCKS["gpu"])
     tiles = cut_into_tiles(query_starts, kv_lens, q.shape[0], min(blocks.queries, q.shape[0]))
-    return attend(q, k_pages, v_pages, page_table, tiles, scale=scale, blocks=blocks)
+    return attend(q, k_pages, v_pages, page_table, tiles, scale=scale, blocks=blocks, **options)
 
 
 def cut_into_tiles(query_starts: jax.Array, kv_lens: jax.Array, num_tokens: int, size: int) -> Tiles:

@@ -93,7 +93,7 @@ def test_without_max_tokens_an_answer_may_be_long(run, llm):
 
 
 def test_chat_keeps_the_conversation(run, llm):
-    chat_prompt = llm.llm_engine.tokenizer.chat_prompt
+    chat_prompt = llm.llm_engine.tokenizer.apply_chat_template
     messages = [{"role": "system", "content": "You are a sailor."}]
     expected = ""
     for question in ("Where have you been?", "And then?"):
@@ -110,7 +110,7 @@ def test_chat_keeps_the_conversation(run, llm):
 def test_chat_through_a_pipe(llm):
     command = [sys.executable, "-m", "jaxllm", "chat", *GREEDY, *ENGINE]
     done = subprocess.run(command, input="Who are you?\n", capture_output=True, text=True, timeout=120)
-    text = answer(llm, llm.llm_engine.tokenizer.chat_prompt([{"role": "user", "content": "Who are you?"}]))
+    text = answer(llm, llm.llm_engine.tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}]))
     assert (done.returncode, done.stdout) == (0, f"> {text}\n> \n"), done.stderr
 
 

@@ -86,7 +86,7 @@ def test_a_stream_never_shows_what_it_must_take_back(default_llm):
 
 def test_end_of_turn_token_ends_a_chat_answer(default_llm):
     tokenizer = default_llm.llm_engine.tokenizer
-    prompt = tokenizer.chat_prompt([{"role": "user", "content": "Where have you been?"}])
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Where have you been?"}])
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=1, max_tokens=300)
     output = default_llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
     assert output.finish_reason == "stop" and "<|" not in output.text

@@ -17,6 +17,7 @@ from jaxllm.models import CheckpointError, ModelConfig, build, hub, registry, sa
 from jaxllm.models.layers.embed import Embed
 from jaxllm.models.layers.param import normal
 from tests.checkpoints import TINY_LLAMA
+from tests.tokenizer_folders import write_ranks
 
 TINY = {**TINY_LLAMA, "architectures": ["LlamaForCausalLM"], "dtype": "float32", "initializer_range": 0.3}
 ENGINE = dict(max_num_seqs=1, max_num_batched_tokens=16, num_gpu_blocks_override=16, use_tqdm_on_load=False)
@@ -219,10 +220,17 @@ def test_a_tokenizer_from_elsewhere(folder, tmp_path_factory):
     output = llm.generate("The sea", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)[0]
     assert output.prompt_token_ids == tokenizer.encode("The sea")
     assert output.outputs[0].text == tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
-    other = LLM(str(folder), tokenizer, enforce_eager=True, **ENGINE)
+    fits = dict(load_format="dummy", hf_overrides=vocabulary, enforce_eager=True)
+    other = LLM(str(folder), tokenizer, **fits, **ENGINE)
     assert other.get_tokenizer() is tokenizer
     with pytest.raises(FileNotFoundError, match="nobody/no-such-tokenizer"):
         LLM(str(folder), "nobody/no-such-tokenizer", **ENGINE)
+
+
+def test_another_model_s_tokenizer_is_refused_before_weights_are_read(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer: .* beyond the model's vocabulary \(vocab_size=96\)"):
+        LLM(str(folder), str(DEFAULT_MODEL), **ENGINE)
 
 
 def test_of_a_tokenizer_s_repository_no_weights_are_fetched(folder, monkeypatch):
@@ -233,11 +241,22 @@ def test_of_a_tokenizer_s_repository_no_weights_are_fetched(folder, monkeypatch)
         return resolve(DEFAULT_MODEL if name == "some/tokenizer" else name, *arguments, **options)
 
     monkeypatch.setattr(hub, "resolve", recording)
-    LLM(str(folder), "some/tokenizer", enforce_eager=True, **ENGINE)
+    fits = dict(load_format="dummy", hf_overrides={"vocab_size": 4096}, enforce_eager=True)
+    LLM(str(folder), "some/tokenizer", **fits, **ENGINE)
     assert asked[:2] == [(str(folder), False), ("some/tokenizer", True)]
 
 
 # --- end of sequence, and sampling defaults
+
+
+def test_the_end_of_a_turn_ends_an_answer(tmp_path):
+    """In Qwen v1's chat format, which its generation_config.json does not say."""
+    write_ranks(tmp_path / "qwen.tiktoken", {bytes([byte]): byte for byte in range(256)})
+    model = sum_folder(tmp_path, {"eos_token_id": [256]}, model_type="qwen", vocab_size=512)
+    llm = LLM(model, load_format="dummy", enforce_eager=True, **ENGINE)
+    assert llm.llm_engine.eos_token_ids == (256, 258)
+    prompt = llm.llm_engine.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_end_tokens_of_both_files(tmp_path):

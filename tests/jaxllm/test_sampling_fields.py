@@ -73,7 +73,7 @@ REFUSED = {
     "trace_decode_token_ids": dict(trace_decode_token_ids=[1]),
 }
 
-ELSEWHERE = {"extra_args", "spaces_between_special_tokens"}  # test_sampling.py, test_tokenizer.py
+ELSEWHERE = {"extra_args", "spaces_between_special_tokens"}  # test_sampling.py, test_detokenizer.py
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_bad_words_do_not_appear(llm):
     plain = text_of(llm, max_tokens=40)
     words = plain.text.split()
     words = [" ".join(words[2:4]), " ".join(words[6:9]), words[11]]
-    tokens = [llm.llm_engine.tokenizer.encode_words(" " + word) for word in words]
+    tokens = [llm.llm_engine.tokenizer.encode(" " + word, add_special_tokens=False) for word in words]
     assert 1 < len(tokens[0]) < len(tokens[1])
 
     def places(sequence):
@@ -152,8 +152,10 @@ def test_bad_words_do_not_appear(llm):
 
 def test_thinking_token_budget(llm):
     """The prompt begins with what stands for the opening marker here, so that the answer is reasoning."""
-    end = llm.llm_engine.tokenizer.encode_words("!")
-    prompt_tokens = len(llm.llm_engine.tokenizer.encode(PROMPT)) - len(llm.llm_engine.tokenizer.encode_words("Once"))
+    end = llm.llm_engine.tokenizer.encode("!", add_special_tokens=False)
+    prompt_tokens = len(llm.llm_engine.tokenizer.encode(PROMPT)) - len(
+        llm.llm_engine.tokenizer.encode("Once", add_special_tokens=False)
+    )
     budget = prompt_tokens + 4
     free, bounded = text_of(llm).token_ids, text_of(llm, thinking_token_budget=budget).token_ids
     assert bounded[:4] == free[:4] and bounded[4 : 4 + len(end)] == end

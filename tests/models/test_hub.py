@@ -79,6 +79,7 @@ def test_bin_is_fetched_where_there_is_nothing_else(snapshots):
 
 def test_a_tokenizer_alone(snapshots):
     files, asked, folder = snapshots
-    files |= {"tokenizer.json", "model.safetensors"}
+    small = {"tokenizer.model", "tokenizer_config.json", "tokenization_theirs.py"}
+    files |= small | {"model.safetensors"}
     resolve("some/tokenizer", tokenizer_only=True)
-    assert {path.name for path in folder.iterdir()} == {"tokenizer.json"} and len(asked) == 1
+    assert {path.name for path in folder.iterdir()} == small and len(asked) == 1

@@ -15,7 +15,7 @@ from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.paged_decode.specs import SPECS as DECODE_SPECS
 from pallas_kernels.ragged_prefill import ragged_prefill
 from pallas_kernels.ragged_prefill.specs import SPECS as PREFILL_SPECS
-from tests.pallas_kernels.dense import attend, random_pages
+from tests.pallas_kernels.dense import attend, quantize, random_pages, rounded
 
 BACKENDS = ["reference"]
 HEADS = [(4, 4, 32), (8, 2, 64), (6, 1, 80)]  # N, K, H: multi-head, grouped-query, multi-query
@@ -83,6 +83,52 @@ def test_prefill(backend, batch):
             query = np.asarray(q[token], np.float64)
             expected[token] = attend(query, paged.keys[row][:seen], paged.values[row][:seen], 0.2)
     check(out, expected, dtype)
+
+
+OPTIONS = [
+    dict(window=1), dict(window=20), dict(window=1000), dict(soft_cap=0.5), dict(alibi_slopes=[0.5, 0.1, 0.02, 0.7]),
+    dict(window=33, soft_cap=2.0, alibi_slopes=[0.5, 0.1, 0.02, 0.7]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options, kv_dtype):
+    rng = np.random.default_rng(5)
+    lens, new, starts = [1, 0, 50, 130], [1, 0, 7, 40], [0, 1, 1, 8, 48]
+    paged = random_pages(rng, lens, width=9, num_pages=40, K=2, H=32, page_size=16)
+    options = {name: jnp.asarray(x) if isinstance(x, list) else x for name, x in options.items()}
+    pages, scales, keys, values = (paged.k_pages, paged.v_pages), {}, paged.keys, paged.values
+    if kv_dtype != "float32":
+        (k, k_scales), (v, v_scales) = (quantize(x, kv_dtype) for x in pages)
+        pages, scales = (k, v), dict(k_scales=k_scales, v_scales=v_scales)
+        keys, values = ([rounded(x, kv_dtype) for x in rows] for rows in (keys, values))
+    table = paged.page_table, paged.kv_lens
+    q = jnp.asarray(rng.normal(size=(48, 4, 32)), jnp.float32)
+    out = ragged_prefill(q, *pages, *table, jnp.asarray(starts), scale=0.3, **options, **scales)
+    last = jnp.maximum(jnp.asarray(starts[1:]) - 1, 0)
+    decoded = paged_decode(q[last], *pages, *table, scale=0.3, **options, **scales)
+    for row in (0, 2, 3):
+        for i in range(new[row]):
+            seen, token = lens[row] - new[row] + i + 1, starts[row] + i
+            expected = attend(np.asarray(q[token]), keys[row][:seen], values[row][:seen], 0.3, **options)
+            np.testing.assert_allclose(out[token], expected, atol=2e-5)
+        np.testing.assert_allclose(decoded[row], out[starts[row + 1] - 1], atol=1e-6)
+    assert not decoded[1].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(window=0), "window=0 must be at least 1"),
+        (dict(soft_cap=0.0), "soft_cap=0.0 must be above 0"),
+        (dict(alibi_slopes=jnp.zeros(3)), r"alibi_slopes must be \[N\] with N=4"),
+        (dict(k_scales=jnp.zeros((3, 2, 16))), "k_scales must be given for pages of an 8-bit dtype and for no other"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        paged_decode(**GOOD, scale=1.0, **options)
 
 
 def test_prefill_of_single_tokens_is_decode():

@@ -40,3 +40,27 @@ def test_an_error_is_no_reason_to_try_the_next():
 
     with pytest.raises(ZeroDivisionError):
         run("square", {"broken": Implementation(fails), **SQUARES}, None, 3)
+
+
+def test_the_environment_names_one_for_all_ops_that_have_it(monkeypatch):
+    implementations = {"mosaic_gpu": Implementation(lambda: "kernel"), "reference": Implementation(lambda: "plain")}
+    assert run("op", implementations, None) == "kernel"
+    monkeypatch.setenv("PALLAS_KERNELS_BACKEND", "reference")
+    assert run("op", implementations, None) == "plain"
+    assert run("op", implementations, "mosaic_gpu") == "kernel"
+    assert run("op", {"mosaic_gpu": implementations["mosaic_gpu"]}, None) == "kernel"
+    monkeypatch.setenv("PALLAS_KERNELS_BACKEND", "refrence")
+    with pytest.raises(ValueError, match=r"PALLAS_KERNELS_BACKEND must be one of .*, got 'refrence'"):
+        run("op", implementations, None)
+
+
+def test_a_gpu_that_runs_the_reference_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    implementations = {
+        "mosaic_gpu": Implementation(lambda: None, lambda: "compute capability 8.0, 9.0 is needed"),
+        "reference": Implementation(lambda: "plain"),
+    }
+    assert [run("an_op", implementations, None) for _ in range(2)] == ["plain"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "an_op runs as reference: mosaic_gpu: compute capability 8.0, 9.0 is needed"
+    ]

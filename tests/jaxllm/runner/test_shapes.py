@@ -29,3 +29,10 @@ def test_the_smallest_that_fits():
     assert ladder.fit(33, 2, False) == StepShape(64, 8, False)
     with pytest.raises(ValueError, match="257 tokens in 2 rows"):
         ladder.fit(257, 2, False)
+
+
+def test_loops_are_the_decode_shapes_once_more():
+    ladder = ShapeLadder.of(8, 256, loop_steps=4)
+    assert [shape.num_rows for shape in ladder.loops] == [shape.num_rows for shape in ladder.decode]
+    assert ladder.fit(3, 3, True, loop=True) == StepShape(4, 4, True, 4)
+    assert ShapeLadder.of(8, 256).loops == ()

@@ -38,7 +38,7 @@ class TokenDevice:
         if plan.num_steps == 1:
             return self._step(plan)
         result = np.full((plan.num_steps, len(plan.slots)), -1, np.int32)
-        for step, single in enumerate(plan.single_steps()):
+        for step, single in enumerate(plan.split([1] * plan.num_steps)):
             result[step, : len(single.slots)] = self._step(single)
         return result
 

@@ -1,0 +1,1 @@
+"""Tokenizers as models ship them, each format a `tokenizers.Tokenizer` that gives its reference's ids."""
