@@ -20,6 +20,9 @@ _SAMPLING_FLAGS = {
     "top_p": float,
     "top_k": int,
     "min_p": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "repetition_penalty": float,
     "max_tokens": int,
     "min_tokens": int,
 }

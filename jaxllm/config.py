@@ -13,6 +13,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "vllm")
 QUANTIZATIONS = ("int8", "fp8", "int4", "gptq", "awq", "compressed-tensors")
+REASONING_MARKERS = {"reasoning_start_str", "reasoning_end_str"}
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -64,7 +65,13 @@ class EngineConfig:
     )
     async_scheduling: bool = option(True, "schedule a step while the one before it runs")
     enforce_eager: bool = option(False, "compile each shape when it is first met, not all at start-up")
-    max_logprobs: int = option(20, "most log probabilities that a request may ask for per token")
+    max_logprobs: int = option(
+        20, "most log probabilities that a request may ask for per token; -1: the whole vocabulary"
+    )
+    reasoning_config: dict[str, Any] | None = option(
+        None, 'texts around a model\'s reasoning, for thinking_token_budget: {"reasoning_start_str": ..., '
+        '"reasoning_end_str": ...}'
+    )  # fmt: skip
     use_tqdm_on_load: bool = option(True, "progress bars while loading and compiling")
 
     def __post_init__(self) -> None:
@@ -74,13 +81,20 @@ class EngineConfig:
                 raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {getattr(self, one.name)!r}")
         for name in _POSITIVE:
             self._check_integer(name, 1)
-        for name in ("long_prefill_token_threshold", "max_logprobs", "seed"):
+        for name in ("long_prefill_token_threshold", "seed"):
             self._check_integer(name, 0)
+        if self.max_logprobs != -1:
+            self._check_integer("max_logprobs", 0)
         utilization = self.gpu_memory_utilization
         if not (isinstance(utilization, int | float) and math.isfinite(utilization) and 0 < utilization <= 1):
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
         if not isinstance(self.hf_overrides, dict | None):
             raise ValueError(f"hf_overrides must be a dict of config.json's keys, got {self.hf_overrides!r}")
+        markers = self.reasoning_config
+        if markers is not None and not (isinstance(markers, dict) and set(markers) == REASONING_MARKERS):
+            raise ValueError(
+                f"reasoning_config must be a dict with the keys {sorted(REASONING_MARKERS)}, got {markers!r}"
+            )
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size!r}")
 

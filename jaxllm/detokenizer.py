@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 PRIMING_TOKENS = 6  # prompt tokens that a stream sees first, since a token's text can depend on the one before
@@ -103,14 +104,29 @@ class ByteStream:
 
 
 class WindowStream:
-    """For any other tokenizer: decodes a short window twice a token and takes the difference."""
+    """For any other tokenizer: decodes a short window twice a token and takes the difference.
 
-    def __init__(self, decode: Callable[[list[int]], str], prompt_token_ids: Iterable[int]) -> None:
+    Args:
+      joined: tokens that stand behind one another without a space, with their texts.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        prompt_token_ids: Iterable[int],
+        joined: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
         self._decode = decode
+        self._joined, self._after_joined = joined, False
         self._window = list(prompt_token_ids)
         self._read = len(self._window)  # tokens of the window whose text has been given out
 
     def add(self, token_id: int) -> str:
+        piece = self._take(token_id)
+        after, self._after_joined = self._after_joined, token_id in self._joined
+        return self._joined[token_id] if after and self._after_joined else piece
+
+    def _take(self, token_id: int) -> str:
         self._window.append(token_id)
         before, now = self._decode(self._window[: self._read]), self._decode(self._window)
         start, end = max(self._read - 1, 0), len(self._window)  # one token of context is enough

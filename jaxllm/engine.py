@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import EngineConfig
+from jaxllm.logprobs import PromptLogprobs
 from jaxllm.outputs import RequestMetrics, RequestOutput
+from jaxllm.runner.logprobs import WHOLE_VOCABULARY
 from jaxllm.runner.model_runner import ModelRunner, RunnerResult
-from jaxllm.runner.sampler import MAX_STOP_IDS, SamplingSpec
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.sampling_specs import SamplingSpecs
 from jaxllm.scheduling import EngineLoop, FinishReason, Request, Scheduler, SchedulerConfig, StepOutput, make_policy
 from jaxllm.sequence import Sequence
 from jaxllm.tokenizer import Tokenizer
@@ -34,11 +36,13 @@ Prompt = str | SequenceOf[int] | Mapping[str, Any]
 
 @dataclass
 class _Group:
-    """A request as its caller sees it: one prompt and n sequences."""
+    """A request as its caller sees it: one prompt and n sequences, or best_of."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt_logprobs: PromptLogprobs
     sequences: list[Sequence]
     streaming: bool
     arrival: float
@@ -51,15 +55,25 @@ class _Group:
     def output(self) -> RequestOutput:
         first = self.sequences[0].request
         metrics = RequestMetrics(self.arrival, first.first_scheduled_at, first.first_token_at, self.finished_time)
+        delta = self.streaming and self.params.output_kind is RequestOutputKind.DELTA
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[sequence.output(holding_back=self.streaming) for sequence in self.sequences],
+            outputs=[sequence.output(holding_back=self.streaming, delta=delta) for sequence in self._best()],
             finished=self.finished,
             metrics=metrics,
+            prompt_logprobs=self.prompt_logprobs.dicts,
+            prompt_token_id_logprobs=self.prompt_logprobs.matrix,
             num_cached_tokens=first.num_cached_tokens,
         )
+
+    def _best(self) -> list[Sequence]:
+        """The sequences to return: all, or of best_of the n with the highest cumulative log probability."""
+        n = self.params.n
+        if n == len(self.sequences):
+            return self.sequences
+        return sorted(self.sequences, key=lambda sequence: sequence.cumulative_logprob, reverse=True)[:n]
 
 
 @dataclass(frozen=True)
@@ -103,8 +117,10 @@ class LLMEngine:
             runner,
             time.monotonic,
             ahead=int(config.async_scheduling),
-            max_steps=config.num_scheduler_steps,
+            # The log probabilities of a whole vocabulary are too much to keep for several steps.
+            max_steps=1 if config.max_logprobs == WHOLE_VOCABULARY else config.num_scheduler_steps,
         )
+        self._specs = SamplingSpecs(config, runner.network.config.vocab_size, tokenizer)
         self._groups: dict[str, _Group] = {}
         self._of_request: dict[str, tuple[_Group, Sequence]] = {}
         self._num_watched = 0  # sequences that need a look after every step
@@ -129,7 +145,9 @@ class LLMEngine:
         """
         params = SamplingParams.of(params)
         text, ids = self._tokens_of(prompt)
-        self._check(ids, params)
+        ids = self._truncated(ids, params)
+        self._specs.check(params)
+        self.scheduler.check_fits(len(ids), self._max_new_tokens(len(ids), params))
         return PreparedRequest(text, ids, params)
 
     def add_request(
@@ -148,7 +166,7 @@ class LLMEngine:
           request_id: unique among the unfinished ones.
           priority: for scheduling_policy="priority"; lower is sooner.
           arrival_time: on time.monotonic's clock; None: now.
-          streaming: return an output after each of its tokens; else only the final one.
+          streaming: return an output after each of its tokens, as `output_kind` says; else only the final one.
 
         Raises: ValueError, TypeError or RequestTooLong, before anything of it is queued.
         """
@@ -156,8 +174,9 @@ class LLMEngine:
             raise ValueError(f"request_id {request_id!r} is already in use")
         ready = prompt if isinstance(prompt, PreparedRequest) else self.prepare(prompt, params)
         arrival = time.monotonic() if arrival_time is None else arrival_time
-        group = _Group(request_id, ready.prompt, ready.prompt_token_ids, [], streaming, arrival)
-        requests = [self._request(ready, f"{request_id}/{i}", i, priority, arrival) for i in range(ready.params.n)]
+        group = self._group(request_id, ready, streaming, arrival)
+        count = ready.params.num_sequences
+        requests = [self._request(ready, f"{request_id}/{i}", i, priority, arrival) for i in range(count)]
         eos = self.eos_token_ids[0] if self.eos_token_ids else None
         for i, request in enumerate(requests):
             self.scheduler.add(request, arrival)
@@ -204,28 +223,40 @@ class LLMEngine:
 
     def _outputs(self, output: StepOutput, result: RunnerResult) -> list[RequestOutput]:
         touched: dict[str, _Group] = {}
+        for request, first, logprobs in result.prompt_scores or ():
+            if (found := self._of_request.get(request.id)) and found[1].request is request:
+                found[0].prompt_logprobs.take(first, logprobs)
         if self._num_watched:
             for request, tokens, row in zip(output.requests, output.tokens, output.rows.tolist(), strict=True):
                 group, sequence = self._of_request[request.id]
                 self._watch(sequence, tokens, row, result)
                 if group.streaming or group.finished:
                     touched[group.request_id] = group
-        for request in output.finished:
+        for request in [*output.finished, *self._end_failed(result)]:
             group, _ = self._of_request[request.id]
             if group.finished:
                 touched[group.request_id] = group
         return [self._hand_out(group) for group in touched.values()]
 
+    def _end_failed(self, result: RunnerResult) -> list[Request]:
+        """Ends the requests whose sampling failed on the host: finish_reason "error", and without this token."""
+        failed = [request for request in result.failed if request.id in self._of_request]
+        for request in failed:
+            del request.output_token_ids[-1:]
+            self.scheduler.finish(request, FinishReason.ERROR, None, time.monotonic())
+            request.finish_reason = FinishReason.ERROR  # also if this token was its last
+        return failed
+
     def _watch(self, sequence: Sequence, tokens: list[int], row: int, result: RunnerResult) -> None:
-        if sequence.logprobs is not None:
+        if sequence.takes_logprobs:
             for token, logprobs in zip(tokens, result.logprobs, strict=False):
                 sequence.add_logprobs(token, row, logprobs)
-        if sequence.watches and sequence.catch_up():
+        if sequence.watches and (reason := sequence.catch_up()):
             request = sequence.request
             if request.finish_reason is None:
-                self.scheduler.finish(request, FinishReason.STOP, None, time.monotonic())
+                self.scheduler.finish(request, reason, None, time.monotonic())
             else:
-                request.finish_reason = FinishReason.STOP  # it also reached its length, or a stop token, just now
+                request.finish_reason = reason  # it also reached its length, or a stop token, just now
 
     def _hand_out(self, group: _Group) -> RequestOutput:
         if group.finished:
@@ -251,7 +282,7 @@ class LLMEngine:
 
     @staticmethod
     def _is_watched(group: _Group, sequence: Sequence) -> bool:
-        return group.streaming or sequence.watches or sequence.logprobs is not None
+        return group.streaming or sequence.watches or sequence.takes_logprobs
 
     # --- from a prompt and parameters to the scheduler's Request
 
@@ -285,21 +316,18 @@ class LLMEngine:
                 )
         return list(ids)
 
-    def _check(self, ids: list[int], params: SamplingParams) -> None:
-        if params.logprobs is not None and params.logprobs > self.config.max_logprobs:
-            raise ValueError(f"logprobs={params.logprobs} exceeds the engine's max_logprobs={self.config.max_logprobs}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop (strings) needs a tokenizer; use stop_token_ids")
-        size = self.runner.network.config.vocab_size
-        for token in params.stop_token_ids or ():
-            if token >= size:
-                raise ValueError(f"stop_token_ids: {token} is out of range: the vocabulary has ids 0 to {size - 1}")
-        if params.min_tokens and len(self._stop_ids(params)) > MAX_STOP_IDS:
-            raise ValueError(
-                f"min_tokens works with up to {MAX_STOP_IDS} stop tokens (end-of-sequence tokens included), "
-                f"got {len(self._stop_ids(params))}"
-            )
-        self.scheduler.check_fits(len(ids), self._max_new_tokens(len(ids), params))
+    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt's last tokens, as truncate_prompt_tokens says; -1 leaves one of max_model_len for the answer."""
+        kept = params.truncate_prompt_tokens
+        return ids if kept is None else ids[-(self.config.max_model_len - 1 if kept == -1 else kept) :]
+
+    def _group(self, request_id: str, ready: PreparedRequest, streaming: bool, arrival: float) -> _Group:
+        params = ready.params
+        tokenizer = self.tokenizer if params.detokenize else None
+        text_of = tokenizer.token_text if tokenizer is not None else lambda token: None
+        logprobs = PromptLogprobs(params, ready.prompt_token_ids, text_of)
+        streaming = streaming and params.output_kind is not RequestOutputKind.FINAL_ONLY
+        return _Group(request_id, ready.prompt, ready.prompt_token_ids, params, logprobs, [], streaming, arrival)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset(params.stop_token_ids or ()) | frozenset(() if params.ignore_eos else self.eos_token_ids)
@@ -308,26 +336,23 @@ class LLMEngine:
         return params.max_tokens if params.max_tokens is not None else self.config.max_model_len - prompt_len
 
     def _request(self, ready: PreparedRequest, name: str, index: int, priority: int, arrival: float) -> Request:
-        params, stop_ids = ready.params, self._stop_ids(ready.params)
+        params, stop_ids, prompt = ready.params, self._stop_ids(ready.params), ready.prompt_token_ids
+        spec = self._specs.make(params, prompt, index, self._seed(params, index), stop_ids)
+        # The other answers may read what the first has computed, unless the caller said that nothing shall be read.
+        skip_cache = params.skips_prefix_cache and (index == 0 or bool(params.skip_reading_prefix_cache))
         return Request(
             id=name,
-            prompt=np.array(ready.prompt_token_ids, np.int32),
-            max_new_tokens=self._max_new_tokens(len(ready.prompt_token_ids), params),
+            prompt=np.array(prompt, np.int32),
+            max_new_tokens=self._max_new_tokens(len(prompt), params),
             stop_token_ids=stop_ids,
             min_new_tokens=params.min_tokens,
             priority=priority,
             arrival=arrival,
-            cache_salt=self._cache_salt(len(ready.prompt_token_ids)),
-            sampling=SamplingSpec(
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
-                seed=self._seed(params, index),
-                num_logprobs=-1 if params.logprobs is None else params.logprobs,
-                min_tokens=params.min_tokens,
-                masked_ids=tuple(sorted(stop_ids)) if params.min_tokens else (),
-            ),
+            cache_salt=self._cache_salt(len(prompt)),
+            skip_reading_prefix_cache=skip_cache,
+            stepwise=spec.stepwise,
+            sampling=spec,
+            data=dict(params.extra_args or {}),
         )
 
     def _cache_salt(self, prompt_len: int) -> str:

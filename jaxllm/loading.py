@@ -108,6 +108,7 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
         return {}
     generation = open_checkpoint(dataclasses.replace(config, model=config.model or DEFAULT_MODEL)).generation
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+    names["repetition_penalty"] = "repetition_penalty"
     names["max_new_tokens"] = "max_tokens"
     found = {ours: generation[theirs] for theirs, ours in names.items() if generation.get(theirs) is not None}
     return found | {"temperature": 0.0} if generation.get("do_sample") is False else found

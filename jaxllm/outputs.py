@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -11,7 +12,7 @@ class Logprob:
 
     Attributes:
       logprob: under the model's own distribution, before temperature and filters.
-      rank: 1 for the likeliest token of the vocabulary.
+      rank: 1 for the likeliest token of the vocabulary; None for one that was asked for by its id.
       decoded_token: the token's text; None without a tokenizer.
     """
 
@@ -30,8 +31,9 @@ class CompletionOutput:
       token_ids: its tokens, a stop token included.
       cumulative_logprob: the sum over its tokens; None if no log probabilities were asked for.
       logprobs: per token, {token id: Logprob}; None likewise.
-      finish_reason: "stop", "length", "abort" or "error"; None while unfinished.
-      stop_reason: the stop string or stop token id that ended it; None for the end-of-sequence token or no stop.
+      finish_reason: "stop", "length", "abort", "error" or "repetition"; None while unfinished.
+      stop_reason: the stop string or stop token id that ended it, or "repetition_detected"; None for the
+        end-of-sequence token or no stop.
     """
 
     index: int
@@ -69,9 +71,12 @@ class RequestOutput:
       request_id: given by the caller or counted.
       prompt: its text; None if it came as token ids.
       prompt_token_ids: its tokens.
-      outputs: n answers.
+      outputs: n answers; of best_of ones the best, by cumulative log probability.
       finished: whether all of them are complete.
       metrics: when what happened.
+      prompt_logprobs: per prompt token, {token id: Logprob}, None for the first; None if not asked for.
+      prompt_token_id_logprobs: f32[rows, K] NumPy array: the log probabilities of `prompt_logprob_token_ids` after each
+        prompt position; NaN where they are not computed yet; None if not asked for.
       num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
     """
 
@@ -81,6 +86,7 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics | None = None
-    prompt_logprobs: None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_token_id_logprobs: Any = None
     lora_request: None = None
     num_cached_tokens: int = 0

@@ -27,6 +27,7 @@ class Tokenizer:
         self._backend = getattr(hf, "backend_tokenizer", None) or getattr(hf, "_tokenizer", None)
         self._rule = None if self._backend is None else ByteRule.of(self._backend)
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
         self._special_ids = self._find_special_ids()
         self._id_limit: int | None = None
         self._format: ChatFormat | None = format_of(config or {}, name, self._has_special)
@@ -94,7 +95,10 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """The text of one token, special ones included."""
-        return self.hf.decode([token_id])
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.hf.decode([token_id])
+        return text
 
     def apply_chat_template(
         self,
@@ -133,13 +137,17 @@ class Tokenizer:
         except (TemplateError, TypeError) as error:
             raise ValueError(f"messages do not fit the chat template: {error}") from error
 
-    def stream(self, prompt_token_ids: list[int], skip_special_tokens: bool) -> TextStream:
+    def stream(
+        self, prompt_token_ids: list[int], skip_special_tokens: bool, spaces_between_special_tokens: bool = True
+    ) -> TextStream:
         """A detokenizer for what follows this prompt."""
         tail = prompt_token_ids[-PRIMING_TOKENS:]
         if self._rule is not None:
             skipped = self._special_ids if skip_special_tokens else frozenset()
-            return ByteStream(self._bytes_of, tail, skipped, self._rule.strips_first_space)
-        return WindowStream(lambda ids: self.hf.decode(ids, skip_special_tokens=skip_special_tokens), tail)
+            return ByteStream(self._bytes_of, tail, skipped, self._rule.strips_first_space)  # it adds no spaces
+        added = {} if skip_special_tokens or spaces_between_special_tokens else self.hf.added_tokens_decoder
+        joined = {token: one.content for token, one in added.items()}
+        return WindowStream(lambda ids: self.hf.decode(ids, skip_special_tokens=skip_special_tokens), tail, joined)
 
     # --- vocabulary
 

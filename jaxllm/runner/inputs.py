@@ -48,12 +48,13 @@ class UnpackedRows(NamedTuple):
 
     slots: jax.Array  # i32[S] where each row's new token goes; out of range for rows that don't sample
     sampling: SamplingRows
+    own_slots: jax.Array  # i32[S] the slot of every row; out of range for padding
 
     @classmethod
     def of(cls, rows: jax.Array, max_num_seqs: int) -> "UnpackedRows":
         slots, _, kv_lens, samples, prompt_lens = (rows[:, i] for i in range(_ROW))
         sampling = SamplingRows.unpack(rows[:, _ROW:], kv_lens, prompt_lens)
-        return cls(jnp.where(samples > 0, slots, max_num_seqs), sampling)
+        return cls(jnp.where(samples > 0, slots, max_num_seqs), sampling, slots)
 
 
 @dataclass(frozen=True)

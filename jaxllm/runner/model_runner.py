@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.models.interface import KVPages, LayerKV, Network, Params
 from jaxllm.runner import kv_pool
 from jaxllm.runner.executables import Executables, use_persistent_cache
+from jaxllm.runner.host_sampling import ControlProgram, HostSampling
 from jaxllm.runner.inputs import (
     NO_ENTRY,
     ROW_WIDTH,
@@ -21,11 +23,14 @@ from jaxllm.runner.inputs import (
     page_table_entries,
     write_page_table,
 )
+from jaxllm.runner.logprobs import Logprobs
 from jaxllm.runner.program_cache import ProgramCache
-from jaxllm.runner.sampler import Level, Logprobs, SamplingTable
+from jaxllm.runner.prompt_logprobs import PromptProgram, PromptScorer, PromptScores
+from jaxllm.runner.sampler import Level, SamplingTable
 from jaxllm.runner.shapes import SampleShape, ShapeLadder, StepShape
-from jaxllm.runner.step import StepOutputs, make_decode_loop, make_forward, make_sampler
+from jaxllm.runner.step import StepOutputs, make_controlled_sampler, make_decode_loop, make_forward, make_sampler
 from jaxllm.scheduling import StepPlan
+from jaxllm.scheduling.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +42,19 @@ _WRITE_TABLE = "page table"  # its key among the executables
 
 
 class RunnerResult:
-    """A finished plan's outputs on the host; log probabilities are fetched only when somebody looks."""
+    """A finished plan's outputs on the host; log probabilities are fetched only when somebody looks.
 
-    def __init__(self, outputs: list[StepOutputs], num_rows: int) -> None:
+    Attributes:
+      prompt_scores: what came of the prompts that are to be scored; None if there are none.
+      failed: requests whose sampling failed on the host (logits processors raised); their tokens mean nothing.
+    """
+
+    def __init__(
+        self, outputs: list[StepOutputs], num_rows: int, prompt_scores: PromptScores | None, failed: list[Request]
+    ) -> None:
         self._outputs = outputs
         self._num_rows = num_rows
+        self.prompt_scores, self.failed = prompt_scores, failed
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -52,7 +65,7 @@ class RunnerResult:
 
     @cached_property
     def logprobs(self) -> list[Logprobs]:
-        """One sampler.Logprobs a step, of NumPy arrays."""
+        """One logprobs.Logprobs a step, of NumPy arrays."""
         return [jax.tree.map(np.asarray, outputs.logprobs) for outputs in self._outputs]
 
 
@@ -60,9 +73,11 @@ class RunnerResult:
 class RunnerPending:
     outputs: list[StepOutputs]
     num_rows: int
+    prompt_scores: PromptScores | None
+    failed: list[Request]
 
     def result(self) -> RunnerResult:
-        result = RunnerResult(self.outputs, self.num_rows)
+        result = RunnerResult(self.outputs, self.num_rows, self.prompt_scores, self.failed)
         _ = result.tokens  # an error of the device's belongs here
         return result
 
@@ -86,6 +101,12 @@ class ModelRunner:
         self.loop_steps = self._choose_loop_steps(platform)
         self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth, self.loop_steps)
         self.sampling = SamplingTable(config.max_num_seqs)
+        self._host_sampling = HostSampling(
+            config.max_num_seqs, network.config.vocab_size, lambda key: self.executables[key]
+        )
+        self._prompt_scorer = PromptScorer(network, config.max_logprobs, lambda key: self.executables[key])
+        self._prompt_scores: PromptScores | None = None  # of the plan that is being submitted, as is the next
+        self._failed: list[Request] = []
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
         self._kv_dtype = network.dtype
         self._page_bytes = kv_pool.page_bytes(network, config.block_size, self._kv_dtype)
@@ -108,17 +129,19 @@ class ModelRunner:
         kv, state = self._abstract_state(self.num_pages)
         self._kv = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kv)
         self._state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+        self._host_sampling.reset()
 
     def submit(self, plan: StepPlan) -> RunnerPending:
         """Hands a plan to the device and returns without waiting for it."""
         self._meet_new_requests(plan)
-        level = Level(self.sampling.level[plan.slots].max())
+        self._prompt_scores, self._failed = None, []
+        level = self.sampling.level(plan.slots)
         loops = plan.num_steps // self.loop_steps if self.loop_steps > 1 and level == Level.GREEDY else 0
         sizes = [self.loop_steps] * loops + [1] * (plan.num_steps - loops * self.loop_steps)
         outputs = [self._submit_part(part, level) for part in plan.split(sizes)]
         for one in outputs:
             one.tokens.copy_to_host_async()
-        return RunnerPending(outputs, len(plan.slots))
+        return RunnerPending(outputs, len(plan.slots), self._prompt_scores, self._failed)
 
     def _submit_part(self, plan: StepPlan, level: Level) -> StepOutputs:
         """One program's work: a step, or a loop of them."""
@@ -131,18 +154,36 @@ class ModelRunner:
             self._kv, self._state, outputs = self.executables[shape](self.params, self._kv, self._state, packed)
             return outputs
         forward = self.executables[shape]
-        self._kv, state, outputs, logits, rows = forward(self.params, self._kv, self._state, packed)
+        self._kv, state, outputs, logits, rows, hidden = forward(self.params, self._kv, self._state, packed)
+        if hidden is not None and (scored := np.flatnonzero(self.sampling.scores_prompt[plan.slots])).size:
+            self._prompt_scores = self._prompt_scorer.submit(self.params, plan, scored, hidden)
         if level > Level.GREEDY:
-            last_token, outputs = self.executables[SampleShape(shape.num_rows, level)](state.last_token, logits, rows)
+            sample = self.executables[SampleShape(shape.num_rows, level)]
+            if level.controls:
+                last_token, outputs = self._sample_controlled(sample, plan, state.last_token, logits, rows)
+            else:
+                last_token, outputs = sample(state.last_token, logits, rows)
             state = state._replace(last_token=last_token)
         self._state = state
         return outputs
+
+    def _sample_controlled(
+        self, sample: Any, plan: StepPlan, last_token: jax.Array, logits: jax.Array, rows: jax.Array
+    ):
+        """(last_token, StepOutputs). What the host has to say it says while the device computes."""
+        host = self._host_sampling
+        stepwise = np.flatnonzero(self.sampling.stepwise[plan.slots] & plan.samples).tolist()
+        logits, mask, failed = host.say(plan, stepwise, logits)
+        self._failed += failed
+        last_token, host.tables, outputs = sample(last_token, host.tables, logits, rows, mask)
+        return last_token, outputs
 
     def _meet_new_requests(self, plan: StepPlan) -> None:
         """Notes the sampling parameters of requests that have just come into their slots."""
         for row in np.flatnonzero(self._tenancies[plan.slots] != plan.generations).tolist():
             request, slot = plan.requests[row], int(plan.slots[row])
             self.sampling.fill(slot, request.sampling, request.prompt_len)
+            self._host_sampling.admit(slot, request)
             self._tenancies[slot] = plan.generations[row]
 
     def _send_surplus(self, entries: np.ndarray, room: int) -> np.ndarray:
@@ -190,17 +231,28 @@ class ModelRunner:
         table = jax.ShapeDtypeStruct((seqs, self.max_pages), jnp.int32)
         return kv, DeviceState(table, jax.ShapeDtypeStruct((seqs,), jnp.int32))
 
-    def _lower(self, key: StepShape | SampleShape | str) -> jax.stages.Lowered:
+    def _lower(self, key: Any) -> jax.stages.Lowered:
         _, state = self._abstract_state(self.num_pages)
         if key == _WRITE_TABLE:
             entries = jax.ShapeDtypeStruct((_TABLE_ENTRIES, 2), jnp.int32)
             return jax.jit(write_page_table, donate_argnums=0).lower(state, entries)
+        if isinstance(key, ControlProgram):
+            return self._host_sampling.lower(key)
+        if isinstance(key, PromptProgram):
+            return self._prompt_scorer.lower(key, _shapes_of(self.params))
         if isinstance(key, SampleShape):
-            logits = jax.ShapeDtypeStruct((key.num_rows, self.network.config.vocab_size), jnp.float32)
-            rows = jax.ShapeDtypeStruct((key.num_rows, ROW_WIDTH), jnp.int32)
-            sampler = make_sampler(key.level, self.config.max_num_seqs, self.config.max_logprobs)
-            return jax.jit(sampler, donate_argnums=0).lower(state.last_token, logits, rows)
+            return self._lower_sampler(key, state.last_token)
         return self._lower_forward(key)
+
+    def _lower_sampler(self, key: SampleShape, last_token: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        seqs, host = self.config.max_num_seqs, self._host_sampling
+        logits = jax.ShapeDtypeStruct((key.num_rows, host.vocab_size), jnp.float32)
+        rows = jax.ShapeDtypeStruct((key.num_rows, ROW_WIDTH), jnp.int32)
+        level = Level(key.level)
+        if not level.controls:
+            return jax.jit(make_sampler(level, seqs), donate_argnums=0).lower(last_token, logits, rows)
+        sampler = jax.jit(make_controlled_sampler(level, seqs, self.config.max_logprobs), donate_argnums=(0, 1))
+        return sampler.lower(last_token, host.abstract_tables, logits, rows, _shapes_of(host.all_allowed(key.num_rows)))
 
     def _lower_forward(self, shape: StepShape) -> jax.stages.Lowered:
         kv, state = self._abstract_state(self.num_pages)
@@ -209,15 +261,15 @@ class ModelRunner:
         forward = make(self.network, layout)
         forward.__name__ = str(shape).replace(", ", "_").replace(" ", "_")
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
-        return jax.jit(forward, donate_argnums=(1, 2)).lower(params, kv, state, packed)
+        return jax.jit(forward, donate_argnums=(1, 2)).lower(_shapes_of(self.params), kv, state, packed)
 
     @property
-    def program_keys(self) -> list[StepShape | SampleShape | str]:
+    def program_keys(self) -> list[Any]:
         """Everything that the runner may ever run; the largest programs first, for they take longest to compile."""
         rows = sorted({shape.num_rows for shape in self.ladder.all})
         samplers = [SampleShape(count, level) for count in rows for level in Level if level > Level.GREEDY]
-        return [*reversed(self.ladder.all), *samplers, _WRITE_TABLE]
+        scorers = [PromptProgram(), *(PromptProgram(shape.num_tokens) for shape in self.ladder.mixed)]
+        return [*reversed(self.ladder.all), *samplers, *scorers, *self._host_sampling.programs(rows), _WRITE_TABLE]
 
     def _warm_up(self) -> None:
         seconds = self.executables.warm_up(self.program_keys, self.config.use_tqdm_on_load)
@@ -248,13 +300,17 @@ class ModelRunner:
         self.num_pages = self.max_pages
         self.reset()
         programs = self._programs()
-        forward, sampler = programs[shape], programs[SampleShape(shape.num_rows, Level.FULL)]
+        forward, sampler, scorer = (
+            programs[key] for key in (shape, SampleShape(shape.num_rows, Level.FULL), PromptProgram())
+        )
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
-        self._kv, state, _, logits, rows = forward(self.params, self._kv, self._state, idle)
-        jax.block_until_ready(sampler(state.last_token, logits, rows))
-        step_bytes = max(program.memory_analysis().temp_size_in_bytes for program in (forward, sampler))
-        step_bytes += 2 * logits.nbytes  # of this step and of the one ahead
-        self._kv = self._state = state = logits = None
+        self._kv, state, _, logits, rows, hidden = forward(self.params, self._kv, self._state, idle)
+        sampled = self._sample_controlled(sampler, StepPlan(0), state.last_token, logits, rows)
+        sizes = [program.memory_analysis() for program in (forward, sampler, scorer)]
+        step_bytes = max(size.temp_size_in_bytes for size in sizes) + sizes[2].output_size_in_bytes
+        kept = jax.tree.leaves(jax.block_until_ready((logits, hidden, sampled)))
+        step_bytes += 2 * sum(array.nbytes for array in kept)  # of this step and of the one ahead
+        self._kv = self._state = state = logits = hidden = sampled = kept = None
         limit, in_use, _ = kv_pool.device_memory(_device_of(self.params))
         spare = limit // 64  # for fragments, and for what the libraries allocate as they go
         pages = kv_pool.pages_in(limit - in_use - step_bytes - spare, self._page_bytes)
@@ -263,6 +319,10 @@ class ModelRunner:
             *(size / 2**30 for size in (limit, in_use, step_bytes, pages * self._page_bytes)), pages,
         )  # fmt: skip
         return pages
+
+
+def _shapes_of(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
 def _device_of(params: Params) -> jax.Device:

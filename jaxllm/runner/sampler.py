@@ -1,4 +1,4 @@
-"""Sampling on the device: temperature, min_p, top_k, top_p, stop-token masks, log probabilities; all rows at once.
+"""Sampling on the device: temperature, min_p, top_k, top_p, and how much of it a step needs; all rows at once.
 
 A row's draw depends on its seed and on the position of the token it draws, on nothing else: not on batch mates, on how
 the prompt was chunked, or on whether the request was preempted.
@@ -6,26 +6,34 @@ the prompt was chunked, or on whether the request was preempted.
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 _RUN = 128  # tokens
-MAX_STOP_IDS = 16  # stop tokens of a request that min_tokens can keep from being sampled
 
 
 class Level(IntEnum):
     """How much sampling work a step does: a program each, for a branch on the device would make the host wait for it.
 
-    Each level can do what those below can: a step runs at the highest that one of its rows needs.
+    The bits are kinds of work: a step runs at the level that has the bits of all of its rows.
     """
 
     GREEDY = 0
-    DRAW = 1  # temperature
-    FILTER = 2  # and min_p, top_k, top_p
-    FULL = 3  # and stop-token masks and log probabilities
+    DRAW = 0b001  # temperature
+    FILTER = 0b011  # and min_p, top_k, top_p, which read the logits many times
+    CONTROL = 0b101  # temperature, and penalties, bias, token masks and log probabilities
+    FULL = 0b111  # all of it
+
+    @property
+    def filters(self) -> bool:
+        return bool(self & 0b010)
+
+    @property
+    def controls(self) -> bool:
+        return bool(self & 0b100)
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,16 @@ class SamplingSpec:
     Attributes:
       temperature: 0 for greedy. top_k: 0 for off. top_p, min_p: 1 and 0 for off.
       seed: 64 bits.
+      presence_penalty, frequency_penalty, repetition_penalty: 0, 0 and 1 for off.
       num_logprobs: how many top log probabilities to return beside the sampled token's own; -1 for none at all.
+      logprob_ids: tokens whose log probabilities are returned as well.
       min_tokens, masked_ids: before so many tokens, none of these is sampled.
+      allowed_ids: only these are sampled; None: all. banned_ids: none of these is.
+      bias: (token, what is added to its logit).
+      constraints: what the host says may be sampled next (constraints.Constraint); each request has its own.
+      logits_processors: the host's functions of the logits (constraints.run_processors).
+      scores_prompt: whether the prompt's own log probabilities are wanted, from the position `first_scored` on, and
+        with them those of `prompt_logprob_ids`.
     """
 
     temperature: float = 0.0
@@ -44,39 +60,71 @@ class SamplingSpec:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     num_logprobs: int = -1
+    logprob_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     masked_ids: tuple[int, ...] = ()
+    allowed_ids: tuple[int, ...] | None = None
+    banned_ids: tuple[int, ...] = ()
+    bias: tuple[tuple[int, float], ...] = ()
+    constraints: tuple[Any, ...] = ()
+    logits_processors: tuple[Any, ...] = ()
+    scores_prompt: bool = False
+    first_scored: int = 0
+    prompt_logprob_ids: tuple[int, ...] = ()
 
     @property
     def level(self) -> Level:
-        if self.num_logprobs >= 0 or self.masked_ids:
-            return Level.FULL
+        level = Level.CONTROL if self.num_logprobs >= 0 or self.controlled or self.stepwise else Level.GREEDY
         if self.temperature == 0:
-            return Level.GREEDY
-        return Level.FILTER if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else Level.DRAW
+            return level
+        filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return Level(level | (Level.FILTER if filters else Level.DRAW))
+
+    @property
+    def controlled(self) -> bool:
+        """Whether it has a row of its own in the control tables."""
+        masked = bool(self.masked_ids or self.banned_ids) or self.allowed_ids is not None
+        return self.penalized or masked or bool(self.bias or self.logprob_ids)
+
+    @property
+    def penalized(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the host must see each token before the next one is sampled."""
+        return bool(self.constraints or self.logits_processors)
 
 
 class SamplingTable:
     """The host's table of every slot's sampling parameters: i32[max_num_seqs, width], floats by their bits."""
 
-    width: ClassVar[int] = 7 + MAX_STOP_IDS
+    width: ClassVar[int] = 11
 
     def __init__(self, max_num_seqs: int) -> None:
         self.rows = np.zeros((max_num_seqs, self.width), np.int32)
         self.prompt_len = np.zeros(max_num_seqs, np.int32)
-        self.level = np.zeros(max_num_seqs, np.int8)
+        self._level = np.zeros(max_num_seqs, np.int8)
+        self.scores_prompt = np.zeros(max_num_seqs, np.bool_)
+        self.stepwise = np.zeros(max_num_seqs, np.bool_)
 
     def fill(self, slot: int, spec: SamplingSpec, prompt_len: int) -> None:
         row = self.rows[slot]
-        row[:3] = np.array([spec.temperature, spec.top_p, spec.min_p], np.float32).view(np.int32)
-        row[3] = spec.top_k
-        row[4:6] = np.array([spec.seed & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int32)
-        row[6] = spec.min_tokens
-        row[7:] = -1
-        row[7 : 7 + len(spec.masked_ids)] = spec.masked_ids
+        penalties = spec.presence_penalty, spec.frequency_penalty, spec.repetition_penalty
+        row[:6] = np.array([spec.temperature, spec.top_p, spec.min_p, *penalties], np.float32).view(np.int32)
+        row[6:8] = np.array([spec.seed & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int32)
+        row[8:] = spec.top_k, spec.min_tokens, spec.controlled
         self.prompt_len[slot] = prompt_len
-        self.level[slot] = spec.level
+        self._level[slot] = spec.level
+        self.scores_prompt[slot], self.stepwise[slot] = spec.scores_prompt, spec.stepwise
+
+    def level(self, slots: np.ndarray) -> Level:
+        """The level of a step with the requests of these slots."""
+        return Level(int(np.bitwise_or.reduce(self._level[slots])))
 
 
 class SamplingRows(NamedTuple):
@@ -85,47 +133,37 @@ class SamplingRows(NamedTuple):
     temperature: jax.Array  # f32[S]
     top_p: jax.Array  # f32[S]
     min_p: jax.Array  # f32[S]
-    top_k: jax.Array  # i32[S]
+    presence_penalty: jax.Array  # f32[S]
+    frequency_penalty: jax.Array  # f32[S]
+    repetition_penalty: jax.Array  # f32[S]
     seed: jax.Array  # u32[S, 2]
-    masked_ids: jax.Array  # i32[S, MAX_STOP_IDS], -1 where there is none or no need
+    top_k: jax.Array  # i32[S]
+    before_min_tokens: jax.Array  # bool[S]
+    controlled: jax.Array  # bool[S] whether the row's slot has a row of its own in the control tables
     positions: jax.Array  # i32[S] of the token to be drawn
 
     @classmethod
     def unpack(cls, rows: jax.Array, kv_lens: jax.Array, prompt_lens: jax.Array) -> "SamplingRows":
-        floats = jax.lax.bitcast_convert_type(rows[:, :3], jnp.float32)
-        generated = kv_lens - prompt_lens
-        masked = jnp.where((generated < rows[:, 6])[:, None], rows[:, 7:], -1)
-        seed = jax.lax.bitcast_convert_type(rows[:, 4:6], jnp.uint32)
+        floats = jax.lax.bitcast_convert_type(rows[:, :6], jnp.float32)
         in_use = kv_lens > 0
         return cls(
             temperature=jnp.where(in_use, floats[:, 0], 0.0),
             top_p=jnp.where(in_use, floats[:, 1], 1.0),
             min_p=floats[:, 2],
-            top_k=rows[:, 3],
-            seed=seed,
-            masked_ids=masked,
+            presence_penalty=floats[:, 3],
+            frequency_penalty=floats[:, 4],
+            repetition_penalty=jnp.where(in_use, floats[:, 5], 1.0),
+            seed=jax.lax.bitcast_convert_type(rows[:, 6:8], jnp.uint32),
+            top_k=rows[:, 8],
+            before_min_tokens=kv_lens - prompt_lens < rows[:, 9],
+            controlled=in_use & (rows[:, 10] > 0),
             positions=kv_lens,
         )
 
 
-class Logprobs(NamedTuple):
-    """Log probabilities of the model's own distribution (before temperature and filters), natural logarithm.
-
-    token: f32[S] of the sampled token; rank: i32[S] its rank, 1 for the likeliest.
-    top_ids: i32[S, L] and top: f32[S, L], the likeliest first.
-    """
-
-    token: jax.Array
-    rank: jax.Array
-    top_ids: jax.Array
-    top: jax.Array
-
-
-def sample(logits: jax.Array, rows: SamplingRows, level: Level, max_logprobs: int) -> tuple[jax.Array, Logprobs | None]:
-    """Draws a token a row from f32[S, V] logits -> (i32[S], log probabilities at Level.FULL)."""
-    masked = _mask_ids(logits, rows.masked_ids) if level >= Level.FULL else logits
-    tokens = _draw(masked, rows, level) if level >= Level.DRAW else argmax(masked)
-    return tokens, _logprobs(logits, tokens, max_logprobs) if level >= Level.FULL else None
+def sample(logits: jax.Array, rows: SamplingRows, level: Level) -> jax.Array:
+    """Draws a token a row from f32[S, V] logits -> i32[S]."""
+    return _draw(logits, rows, level) if level >= Level.DRAW else argmax(logits)
 
 
 def argmax(x: jax.Array) -> jax.Array:
@@ -134,15 +172,10 @@ def argmax(x: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, x.shape[1] - 1), axis=-1)
 
 
-def _mask_ids(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    rows = jnp.arange(len(logits))[:, None]
-    return logits.at[rows, jnp.where(ids >= 0, ids, logits.shape[1])].set(-jnp.inf, mode="drop")
-
-
 def _draw(logits: jax.Array, rows: SamplingRows, level: Level) -> jax.Array:
     is_greedy = rows.temperature == 0
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
-    if level >= Level.FILTER:  # in vLLM's order
+    if level.filters:  # in vLLM's order
         scaled = _keep_top_p(_keep_top_k(_keep_min_p(scaled, rows.min_p), rows.top_k), rows.top_p)
     drawn = _pick(jnp.exp(scaled), jax.vmap(_two_uniforms)(rows.seed, rows.positions))
     return jnp.where(is_greedy, argmax(logits), drawn)
@@ -163,7 +196,7 @@ def _pick(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     runs = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _RUN))).reshape(len(weights), -1, _RUN)
     run = _invert(jnp.sum(runs, axis=-1), uniforms[:, 0])
     token = _invert(jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0], uniforms[:, 1])
-    return run * _RUN + token
+    return jnp.minimum(run * _RUN + token, weights.shape[1] - 1)  # a row that may sample nothing has no odds at all
 
 
 def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -216,11 +249,3 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
     """u32 in the order of f32: flips all bits of negative numbers and the sign bit of the others."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 > 0, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Logprobs:
-    values = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)
-    rank = jnp.sum(values >= chosen, axis=-1, dtype=jnp.int32)
-    top, top_ids = jax.lax.top_k(values, min(count, logits.shape[1]))
-    return Logprobs(chosen[:, 0], rank, top_ids.astype(jnp.int32), top)

@@ -14,25 +14,28 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.models.interface import KVPages, Network, Params
+from jaxllm.runner.controls import ControlTables, control, count_tokens, take_rows
 from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows, UnpackedStep
-from jaxllm.runner.sampler import Level, Logprobs, argmax, sample
+from jaxllm.runner.logprobs import Logprobs, log_probabilities
+from jaxllm.runner.sampler import Level, argmax, sample
 
 
 class StepOutputs(NamedTuple):
     tokens: jax.Array  # i32[num_steps, S]; meaningless where a row does not sample
-    logprobs: Logprobs | None
+    logprobs: Logprobs | None  # at a level with controls
 
 
 def make_forward(network: Network, layout: InputLayout):
-    """forward(params, kv, state, packed) -> (kv, state, StepOutputs of the likeliest tokens, logits f32[S, V], rows).
+    """forward(params, kv, state, packed) -> (kv, state, StepOutputs of the likeliest tokens, logits, rows, hidden).
 
-    `kv` and `state` are to be donated; `logits` and `rows` i32[S, row width] are for the sampler.
+    `kv` and `state` are to be donated; `logits` f32[S, V] and `rows` i32[S, row width] are for the sampler; `hidden`
+    [T, D] is for prompts that are to be scored, and None where no row has more than its last token.
     """
 
     def forward(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
         step = layout.unpack(packed, state, num_pages=kv[0].k.shape[0])
-        kv, state, tokens, logits = _greedy_step(network, layout, params, kv, step)
-        return kv, state, StepOutputs(tokens[None], None), logits, step.rows
+        kv, state, tokens, logits, hidden = _greedy_step(network, layout, params, kv, step)
+        return kv, state, StepOutputs(tokens[None], None), logits, step.rows, hidden
 
     return forward
 
@@ -50,7 +53,7 @@ def make_decode_loop(network: Network, layout: InputLayout):
         def one_step(i, carry):
             kv, state, tokens = carry
             step = layout.unpack_decode(packed, state, num_pages, i)
-            kv, state, new, _ = _greedy_step(network, layout, params, kv, step)
+            kv, state, new, _, _ = _greedy_step(network, layout, params, kv, step)
             return kv, state, tokens.at[i].set(new)
 
         tokens = jnp.zeros((num_steps, layout.shape.num_rows), jnp.int32)
@@ -64,21 +67,43 @@ def _greedy_step(network: Network, layout: InputLayout, params: Params, kv: KVPa
     with jax.named_scope("forward"):
         hidden, kv = network.forward(params, kv, step.batch)
     with jax.named_scope("logits"):
-        if not layout.shape.decode_only:
-            hidden = hidden[step.last_positions]
-        logits = network.logits(params, hidden)
+        decode_only = layout.shape.decode_only
+        logits = network.logits(params, hidden if decode_only else hidden[step.last_positions])
     tokens = argmax(logits)
     slots = UnpackedRows.of(step.rows, layout.max_num_seqs).slots
     slots = jnp.where(step.batch.kv_lens > 0, slots, layout.max_num_seqs)
-    return kv, step.state.with_last_tokens(slots, tokens), tokens, logits
+    return kv, step.state.with_last_tokens(slots, tokens), tokens, logits, None if decode_only else hidden
 
 
-def make_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
-    """sample_tokens(last_token, logits, rows) -> (last_token, StepOutputs). `last_token` is to be donated."""
+def make_sampler(level: Level, max_num_seqs: int):
+    """sample_tokens(last_token, logits, rows) -> (last_token, StepOutputs), at a level without controls.
+
+    `last_token` is to be donated.
+    """
 
     def sample_tokens(last_token: jax.Array, logits: jax.Array, rows: jax.Array):
-        slots, sampling = UnpackedRows.of(rows, max_num_seqs)
-        tokens, logprobs = sample(logits, sampling, level, max_logprobs)
-        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens[None], logprobs)
+        slots, sampling, _ = UnpackedRows.of(rows, max_num_seqs)
+        tokens = sample(logits, sampling, level)
+        return last_token.at[slots].set(tokens, mode="drop"), StepOutputs(tokens[None], None)
+
+    return sample_tokens
+
+
+def make_controlled_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
+    """sample_tokens(last_token, tables, logits, rows, mask i32[S, V/32]) -> (last_token, tables, StepOutputs).
+
+    At a level with controls. `last_token` and `tables` are to be donated. Set bits of `mask` are the tokens that each
+    row may sample in this step.
+    """
+
+    def sample_tokens(
+        last_token: jax.Array, tables: ControlTables, logits: jax.Array, rows: jax.Array, mask: jax.Array
+    ):
+        slots, sampling, own_slots = UnpackedRows.of(rows, max_num_seqs)
+        own = take_rows(tables, own_slots)
+        tokens = sample(control(logits, sampling, own, mask), sampling, level)
+        logprobs = log_probabilities(logits, tokens, own.wanted_ids, max_logprobs)
+        tables = count_tokens(tables, slots, tokens)
+        return last_token.at[slots].set(tokens, mode="drop"), tables, StepOutputs(tokens[None], logprobs)
 
     return sample_tokens

@@ -32,7 +32,9 @@ class KVMemory:
 
     def match(self, request: Request) -> list[int]:
         """Cached pages of a waiting request's beginning; always leaves it at least one token to compute."""
-        if self.cache is None:
+        # Once it has an answer, what its prompt was computed in whole for has been done.
+        skipped = request.skip_reading_prefix_cache and not request.output_token_ids
+        if self.cache is None or skipped:
             return []
         count = (request.num_tokens - 1) // self.page_size
         keys = request.pages_of_tokens(count, self.page_size)

@@ -34,6 +34,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    REPETITION = "repetition"
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +51,8 @@ class Request:
       arrival: when it came, seconds on the engine's clock.
       tenant: whose it is, for fair scheduling.
       cache_salt: only requests with equal salts share cached pages.
+      skip_reading_prefix_cache: its prompt is computed in whole, whatever is cached of it.
+      stepwise: the executor must know each of its tokens before it can sample the next: none is left in flight.
       sampling: what the executor needs to know to sample for it; the scheduler does not look at it.
       data: the policy's own notes on it.
     """
@@ -63,6 +66,8 @@ class Request:
     arrival: float = 0.0
     tenant: str = ""
     cache_salt: str = ""
+    skip_reading_prefix_cache: bool = False
+    stepwise: bool = False
     sampling: Any = None
     data: dict[str, Any] = field(default_factory=dict)
 

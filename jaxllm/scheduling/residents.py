@@ -29,6 +29,7 @@ class Residents:
       sent_pages: pages that the device's page table knows; cache_uid: what the prefix cache calls the last cached page.
       last_token: the newest token seen.
       generation: counts a slot's tenancies, so that a late result can tell that its request is gone.
+      stepwise: bool[max_num_seqs], see Request.
       pages: i32[max_num_seqs, max_pages], the page ids of each row, valid up to num_pages.
       stop_ids: i32[max_num_seqs, width], padded with -1.
     """
@@ -41,6 +42,7 @@ class Residents:
         self.limit, self.min_total, self.prompt_len = column(), column(), column()
         self.num_pages, self.cached_pages, self.generation = column(), column(), column()
         self.last_token, self.cache_uid, self.sent_pages = column(-1), column(), column()
+        self.stepwise = np.zeros(max_num_seqs, np.bool_)
         self.pages: IntArray = np.zeros((max_num_seqs, max_pages), np.int32)
         self.stop_ids: IntArray = np.full((max_num_seqs, 4), -1, np.int32)
         self.requests: list[Request | None] = [None] * max_num_seqs
@@ -66,7 +68,7 @@ class Residents:
         self.computed[slot] = self.pending[slot] = self.num_pages[slot] = 0
         self.cached_pages[slot] = self.sent_pages[slot] = 0
         self.total[slot], self.limit[slot] = request.num_tokens, limit
-        self.prompt_len[slot] = request.prompt_len
+        self.prompt_len[slot], self.stepwise[slot] = request.prompt_len, request.stepwise
         self.min_total[slot] = request.prompt_len + request.min_new_tokens
         self.last_token[slot] = request.output_token_ids[-1] if request.output_token_ids else request.prompt[-1]
         self._set_stop_ids(slot, sorted(request.stop_token_ids))

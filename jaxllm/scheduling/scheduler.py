@@ -232,6 +232,7 @@ class Scheduler:
             or not decoding.any()
             or (remaining > 1).any()
             or (counts < remaining).any()
+            or r.stepwise[slots].any()
         ):
             return None
         several: Ints = np.where(decoding, np.minimum(num_steps, r.limit[slots] - r.total[slots]), 0)
@@ -244,9 +245,10 @@ class Scheduler:
         return lacking if int(lacking.sum()) <= self.memory.pool.num_free else None
 
     def _remaining(self, slots: Ints) -> Ints:
-        """Tokens that each slot has to catch up with; 0 once its last token is in flight."""
+        """Tokens that each slot has to catch up with; 0 once its last token, or one it must know, is in flight."""
         r = self.residents
-        return np.where(r.total[slots] < r.limit[slots], r.total[slots] - r.computed[slots], 0)
+        blocked = (r.total[slots] >= r.limit[slots]) | (r.stepwise[slots] & (r.pending[slots] > 0))
+        return np.where(blocked, 0, r.total[slots] - r.computed[slots])
 
     def _run(self, request: Request, draft: Draft, policy: Policy, view: SchedulerView) -> None:
         """One resident, as far as the budget goes; preempts where pages run out."""

@@ -52,9 +52,10 @@ def random_params(random) -> SamplingParams:
         return values[random.integers(len(values))]
 
     max_tokens = int(random.integers(1, 40))
+    temperature = one_of(0.0, 0.0, 0.7, 1.5)
     return SamplingParams(
-        n=one_of(1, 1, 2, 3),
-        temperature=one_of(0.0, 0.0, 0.7, 1.5),
+        n=one_of(1, 1, 2, 3) if temperature else 1,
+        temperature=temperature,
         top_p=one_of(1.0, 0.9),
         top_k=one_of(0, 1, 5, 1000),
         min_p=one_of(0.0, 0.1),
@@ -63,6 +64,12 @@ def random_params(random) -> SamplingParams:
         min_tokens=int(random.integers(0, max_tokens)),
         stop_token_ids=one_of(None, [3]),
         logprobs=one_of(None, 0, 5, 20),
+        prompt_logprobs=one_of(None, None, 0, 3),
+        presence_penalty=one_of(0.0, 0.0, 0.5),
+        repetition_penalty=one_of(1.0, 1.0, 1.2),
+        logit_bias=one_of(None, None, {5: 2.0}),
+        allowed_token_ids=one_of(None, None, list(range(30))),
+        logits_processors=one_of(None, None, None, [lambda tokens, logits: logits]),
     )
 
 

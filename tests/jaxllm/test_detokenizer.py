@@ -223,3 +223,24 @@ def test_a_tokenizer_whose_words_depend_on_their_neighbours():
     backend.decoder = decoders.WordPiece(cleanup=False)
     stream = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend)).stream([], True)
     assert [stream.add(i) for i in (0, 1, 2, 1)] == ["the", " token", "izer", " token"]
+
+
+def test_no_spaces_between_special_tokens():
+    """For a decoder that puts a space before each token: special tokens in a row then have none between them."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend(models.WordLevel({"one": 0, "two": 1}, unk_token="one"))
+    backend.add_special_tokens([AddedToken("<a>"), AddedToken("<b>")])
+    backend.decoder = decoders.WordPiece(prefix="##")
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+    def text(skip, spaces):
+        stream = tokenizer.stream([], skip, spaces)
+        assert isinstance(stream, WindowStream)
+        return "".join(map(stream.add, [0, 2, 3, 3, 1, 2]))
+
+    assert text(False, True) == "one <a> <b> <b> two <a>" and text(False, False) == "one <a><b><b> two <a>"
+    assert text(True, False) == text(True, True) == "one two"
+    ours = TOKENIZER.stream([], False, False)  # a decoder that puts none anywhere
+    assert "".join(map(ours.add, [0, 1])) == HF.decode([0, 1])

@@ -147,6 +147,50 @@ def test_prompts_that_begin_alike(case):
     case.check([tokens + answer[:10], tokens + answer[:20]])
 
 
+def test_prompt_logprobs_in_chunks_and_beside_cached_prompts(case):
+    """Every position's log probabilities, against one plain forward pass over the prompt."""
+    prompts = [prompt(length, seed=5) for length in (1, 2, 17, 50, 90)]
+    case.check(prompts)  # from here on they are in the prefix cache
+    params = jaxllm.SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=4)
+    for output in case.llm.generate(prompts, params, use_tqdm=False):
+        tokens, entries = output.prompt_token_ids, output.prompt_logprobs
+        with torch.no_grad():
+            case.reference.model(torch.tensor([[0]]))
+            logits = case.reference.model(torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens))).logits[0]
+        expected = torch.log_softmax(logits, dim=-1).numpy()
+        assert output.outputs[0].token_ids == case.reference(tokens)[0][:3] and len(entries) == len(tokens)
+        assert entries[0] is None
+        for entry, row, token in zip(entries[1:], expected, tokens[1:], strict=False):
+            np.testing.assert_allclose([one.logprob for one in entry.values()], row[list(entry)], atol=TOLERANCE)
+            assert token in entry and {one.rank for one in entry.values()} >= {1, 2, 3, 4}
+
+
+def test_penalties_and_bad_tokens_while_generating(case):
+    """Whole answers under a repetition penalty and a bias, as transformers' generate has them."""
+    tokens = prompt(19, seed=6)
+    bias = {(3,): 4.0, (7,): -5.0}
+    with torch.no_grad():
+        case.reference.model(torch.tensor([[0]]))
+        found = case.reference.model.generate(
+            torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+            repetition_penalty=1.4,
+            sequence_bias=bias,
+        )
+    params = jaxllm.SamplingParams(
+        temperature=0,
+        max_tokens=NUM_TOKENS,
+        repetition_penalty=1.4,
+        logit_bias={ids[0]: value for ids, value in bias.items()},
+    )
+    mates = [jaxllm.SamplingParams(temperature=1.0, seed=i, max_tokens=30, presence_penalty=1.0) for i in range(3)]
+    outputs = case.llm.generate([tokens] * 4, [params, *mates], use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == found[0, len(tokens) :].tolist()
+
+
 def test_after_preemption(case):
     before = case.num_preemptions
     case.check([prompt(length, seed=4) for length in (60, 70, 80, 33, 90, 61)])  # 64 pages of 4 tokens for all of them

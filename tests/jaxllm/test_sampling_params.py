@@ -1,10 +1,12 @@
 """SamplingParams: vLLM's defaults and checks."""
 
+import dataclasses
 import math
 
 import pytest
 
 from jaxllm import SamplingParams
+from jaxllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 
 def test_defaults():
@@ -34,7 +36,28 @@ def test_defaults():
         ("max_tokens", 0, "at least 1"),
         ("max_tokens", True, "at least 1"),
         ("min_tokens", -1, "at least 0"),
-        ("logprobs", -2, "at least 0"),
+        ("best_of", 0, "at least n=1"),
+        ("presence_penalty", 2.1, "in [-2, 2]"),
+        ("frequency_penalty", -2.1, "in [-2, 2]"),
+        ("frequency_penalty", math.nan, "in [-2, 2]"),
+        ("repetition_penalty", 0, "above 0"),
+        ("repetition_penalty", math.inf, "above 0"),
+        ("logprobs", -2, "at least 0, or -1"),
+        ("prompt_logprobs", -2, "at least 0, or -1"),
+        ("prompt_logprob_start", -1, "at least 0"),
+        ("thinking_token_budget", -2, "at least 0, or -1"),
+        ("thinking_token_budget", 1.0, "at least 0, or -1"),
+        ("truncate_prompt_tokens", 0, "at least 1, or -1"),
+        ("bad_words", [""], "non-empty strings"),
+        ("allowed_token_ids", [-3], "at least 0"),
+        ("logprob_token_ids", ["x"], "at least 0"),
+        ("logits_processors", [3], "functions"),
+        ("output_kind", "DELTA", "RequestOutputKind"),
+        ("extra_args", 3, "dict"),
+        ("ignore_eos", "yes", "True or False"),
+        ("skip_reading_prefix_cache", 1, "True or False"),
+        ("structured_outputs", "json", "StructuredOutputsParams or a dict"),
+        ("repetition_detection", 3, "RepetitionDetectionParams or a dict"),
         ("seed", "x", "integer"),
         ("stop", [""], "non-empty strings"),
         ("stop", [3], "non-empty strings"),
@@ -47,6 +70,61 @@ def test_bad_values_name_field_value_and_what_is_allowed(field, bad, allowed):
     message = str(raised.value)
     assert message.startswith(field) and allowed in message
     assert repr(bad[0] if isinstance(bad, list) else bad) in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(temperature=0, n=2), r"n must be 1 with greedy sampling \(temperature=0\), got 2"),
+        (dict(temperature=0, best_of=2), "best_of must be 1 with greedy sampling"),
+        (dict(n=3, best_of=2), "best_of must be an integer of at least n=3, got 2"),
+        (dict(best_of=2, output_kind=RequestOutputKind.DELTA), "best_of=2 must equal n=1 with output_kind=DELTA"),
+        (dict(use_beam_search=True, temperature=0), "best_of must be above 1 with use_beam_search, got 1"),
+        (dict(use_beam_search=True, best_of=2), "temperature must be 0 with use_beam_search, got 1.0"),
+        (dict(use_beam_search=True, best_of=2, temperature=0, top_p=0.5), "top_p must be 1 with use_beam_search"),
+        (dict(use_beam_search=True, best_of=2, temperature=0, top_k=5), "top_k must be 0 with use_beam_search"),
+        (dict(use_beam_search=True, best_of=2, temperature=0, early_stopping="soon"), "or \"never\", got 'soon'"),
+        (dict(early_stopping=True), "early_stopping must be False without use_beam_search, got True"),
+        (dict(length_penalty=0.9), "length_penalty must be 1.0 without use_beam_search, got 0.9"),
+        (dict(stop="x", detokenize=False), r"stop=\['x'\] needs detokenize=True"),
+        (dict(allowed_token_ids=[]), "allowed_token_ids must not be empty"),
+        (dict(prompt_logprob_token_ids=[1, 1]), "prompt_logprob_token_ids must not hold a token twice"),
+        (dict(logprob_token_ids=list(range(129))), "logprob_token_ids must have at most 128 tokens, got 129"),
+        (dict(logprob_token_ids=[1, 2], logprobs=3), "logprobs=3 must be None or the number of logprob_token_ids"),
+        (dict(logit_bias={"x": 1}), "logit_bias must have token ids for keys, got 'x'"),
+        (dict(logit_bias={1: "x"}), r"logit_bias\[1\] must be a number, got 'x'"),
+        (dict(logit_bias=[1]), r"logit_bias must be a dict of token ids and numbers, got \[1\]"),
+        (dict(structured_outputs={}), r"exactly one of json, .*, got \[\]"),
+        (dict(guided_regex="a", guided_choice=["b"]), r"exactly one of json, .*, got \['regex', 'choice'\]"),
+        (dict(guided_regex="a", structured_outputs={"regex": "b"}), r"structured_outputs and guided_\* must not both"),
+        (dict(repetition_detection={"max_pattern_size": 3}), "min_count must be an integer of at least 2, got 0"),
+        (dict(repetition_detection={"min_pattern_size": 3}), "min_pattern_size=3 must not exceed max_pattern_size=0"),
+    ],
+    ids=str,
+)
+def test_rules_between_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**fields)
+
+
+def test_beam_search_of_vllm_0_4():
+    params = SamplingParams(n=2, best_of=4, temperature=0, use_beam_search=True, early_stopping="never")
+    assert (params.num_sequences, params.length_penalty) == (4, 1.0)
+    assert SamplingParams(n=2, temperature=0, use_beam_search=True, length_penalty=0.5).length_penalty == 0.5
+
+
+def test_guided_names_are_structured_outputs():
+    assert SamplingParams(guided_json={"type": "null"}).structured_outputs == StructuredOutputsParams(
+        json={"type": "null"}
+    )
+    assert SamplingParams(guided_json=None).structured_outputs is None
+    assert SamplingParams(structured_outputs={"choice": ["a"]}).structured_outputs.choice == ["a"]
+
+
+def test_refused_fields_are_named_and_their_defaults_accepted():
+    assert SamplingParams(watermarking=None, flat_logprobs=False, routed_experts_prompt_start=0) == SamplingParams()
+    with pytest.raises(ValueError, match="routed_experts_prompt_start must be 0, got 3: the experts"):
+        SamplingParams(routed_experts_prompt_start=3)
 
 
 def test_min_tokens_must_not_exceed_max_tokens():
@@ -68,7 +146,21 @@ def test_spellings():
     assert SamplingParams(stop="x").stop == ["x"]
     assert SamplingParams(top_k=-1).top_k == 0
     assert SamplingParams(seed=-1).seed is None
+    assert SamplingParams(thinking_token_budget=-1).thinking_token_budget is None
+    assert SamplingParams(logprobs=True, prompt_logprobs=True).prompt_logprobs == 1
+    assert SamplingParams(stop_token_ids=[3, 3, 1]).stop_token_ids == [3, 1]
+    assert SamplingParams(logit_bias={"3": 150, 4: -1}).logit_bias == {3: 100.0, 4: -1.0}
     assert SamplingParams(max_tokens=None).max_tokens is None
+
+
+def test_replacing_a_field_keeps_the_others():
+    params = SamplingParams(guided_regex="a", logit_bias={1: 2}, stop="x", repetition_detection={}, temperature=0.5)
+    assert dataclasses.replace(params, temperature=0.5) == params
+
+
+def test_skipping_the_prefix_cache():
+    assert not SamplingParams().skips_prefix_cache and SamplingParams(prompt_logprobs=0).skips_prefix_cache
+    assert not SamplingParams(prompt_logprobs=0, skip_reading_prefix_cache=False).skips_prefix_cache
 
 
 def test_of():

@@ -47,13 +47,13 @@ def test_round_trip(lengths):
 
 def check_rows(step, plan, table):
     batch, token = step.batch, 0
-    slots, sampling = UnpackedRows.of(step.rows, SEQS)
+    slots, sampling, own_slots = UnpackedRows.of(step.rows, SEQS)
     assert int(batch.num_decodes) == plan.num_decodes
     for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.num_tokens, strict=True)):
         assert int(slots[row]) == (slot if plan.samples[row] else SEQS) and int(batch.kv_lens[row]) == start + count
         assert int(batch.query_starts[row]) == token and int(batch.query_starts[row + 1]) == token + count
         assert int(step.last_positions[row]) == token + count - 1
-        assert int(sampling.positions[row]) == start + count
+        assert int(sampling.positions[row]) == start + count and int(own_slots[row]) == slot
         assert int(batch.prompt_lens[row]) == plan.requests[row].prompt_len
         np.testing.assert_array_equal(np.asarray(batch.page_table[row]), table[slot])
         for position in range(start, start + count):

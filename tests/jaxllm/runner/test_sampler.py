@@ -1,4 +1,4 @@
-"""The sampler against numpy: distributions by chi-squared, filters by value, draws that depend on seed and position."""
+"""The sampler against numpy: distributions by chi-squared, draws that depend on seed and position alone."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from jaxllm.runner.sampler import MAX_STOP_IDS, Level, SamplingRows, SamplingSpec, SamplingTable, sample
+from jaxllm.runner.sampler import Level, SamplingRows, SamplingSpec, SamplingTable, sample
 
 V = 12
 LOGITS = np.random.default_rng(0).normal(0, 1.5, V).astype(np.float32)
-_jitted = jax.jit(sample, static_argnums=(2, 3))
+_jitted = jax.jit(sample, static_argnums=2)
 
 
-def _sample(logits, batch, max_logprobs, level=Level.FULL):
-    return _jitted(logits, batch, level, max_logprobs)
+def _sample(logits, batch, level=Level.FULL):
+    return _jitted(logits, batch, level)
 
 
 def rows(specs, kv_lens=None, prompt_len=4) -> SamplingRows:
@@ -28,7 +28,7 @@ def rows(specs, kv_lens=None, prompt_len=4) -> SamplingRows:
 def draw(spec: dict, count=4000, logits=LOGITS) -> np.ndarray:
     """`count` draws, each of another seed."""
     batch = rows([SamplingSpec(seed=seed, **spec) for seed in range(count)])
-    return np.asarray(_sample(jnp.tile(logits, (count, 1)), batch, 2)[0])
+    return np.asarray(_sample(jnp.tile(logits, (count, 1)), batch))
 
 
 def expected_probabilities(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
@@ -72,21 +72,21 @@ def test_distribution(spec):
 
 def test_greedy_rows_and_their_sampling_neighbours():
     batch = rows([SamplingSpec(), SamplingSpec(temperature=1.0, seed=3), SamplingSpec()])
-    tokens = np.asarray(_sample(jnp.tile(LOGITS, (3, 1)), batch, 2)[0])
+    tokens = np.asarray(_sample(jnp.tile(LOGITS, (3, 1)), batch))
     assert tokens[0] == tokens[2] == LOGITS.argmax()
 
 
 def test_a_draw_depends_on_seed_and_position_alone():
     spec = SamplingSpec(temperature=1.5, seed=2**63 + 17, top_p=0.95)
-    alone = np.asarray(_sample(jnp.asarray(LOGITS)[None], rows([spec]), 2)[0])[0]
+    alone = np.asarray(_sample(jnp.asarray(LOGITS)[None], rows([spec])))[0]
     mates = [SamplingSpec(temperature=0.7, seed=i, top_k=i, min_p=0.1) for i in range(6)]
     for place in range(7):
         batch = rows([*mates[:place], spec, *mates[place:]])
-        assert np.asarray(_sample(jnp.tile(LOGITS, (7, 1)), batch, 2)[0])[place] == alone
+        assert np.asarray(_sample(jnp.tile(LOGITS, (7, 1)), batch))[place] == alone
     many = [SamplingSpec(temperature=1.5, seed=5)] * 200
-    by_position = np.asarray(_sample(jnp.tile(LOGITS, (200, 1)), rows(many, np.arange(1, 201)), 2)[0])
+    by_position = np.asarray(_sample(jnp.tile(LOGITS, (200, 1)), rows(many, np.arange(1, 201))))
     assert len(set(by_position.tolist())) > 4
-    assert len(set(np.asarray(_sample(jnp.tile(LOGITS, (200, 1)), rows(many), 2)[0]).tolist())) == 1
+    assert len(set(np.asarray(_sample(jnp.tile(LOGITS, (200, 1)), rows(many))).tolist())) == 1
 
 
 def test_ties_at_the_kth_place_stay():
@@ -100,31 +100,19 @@ def test_extreme_logits():
     assert set(draw(dict(temperature=1.0, top_k=5, top_p=0.9), 200, logits).tolist()) == {0, 4}
 
 
-def test_masked_ids_until_min_tokens():
-    best = int(LOGITS.argmax())
-    spec = SamplingSpec(min_tokens=3, masked_ids=(best,))
-    batch = rows([spec] * 3, kv_lens=[4, 6, 7])  # with a prompt of 4: before the 1st, 3rd and 4th new token
-    tokens = np.asarray(_sample(jnp.tile(LOGITS, (3, 1)), batch, 2)[0]).tolist()
-    second = int(np.argsort(LOGITS)[-2])
-    assert tokens == [second, second, best]
-    assert MAX_STOP_IDS >= 16
-
-
-def test_logprobs_are_of_the_raw_distribution():
-    spec = SamplingSpec(temperature=0.5, top_k=2, seed=1, num_logprobs=3)
-    tokens, logprobs = _sample(jnp.tile(LOGITS, (2, 1)), rows([spec, SamplingSpec()]), 5)
-    reference = special.log_softmax(LOGITS.astype(np.float64))
-    order = np.argsort(-reference)
-    np.testing.assert_allclose(np.asarray(logprobs.top[0]), reference[order[:5]], atol=1e-5)
-    assert np.asarray(logprobs.top_ids[0]).tolist() == order[:5].tolist()
-    token = int(tokens[0])
-    np.testing.assert_allclose(float(logprobs.token[0]), reference[token], atol=1e-5)
-    assert int(logprobs.rank[0]) == order.tolist().index(token) + 1
-
-
 def test_padding_rows_are_greedy():
     batch = rows([SamplingSpec(temperature=1.0)], kv_lens=[0])
     assert float(batch.temperature[0]) == 0
+
+
+def test_a_step_has_the_level_of_all_of_its_rows():
+    drawing = SamplingSpec(temperature=1.0)
+    specs = [SamplingSpec(), drawing, SamplingSpec(temperature=1.0, top_k=1), SamplingSpec(num_logprobs=0)]
+    table = SamplingTable(len(specs))
+    for slot, spec in enumerate(specs):
+        table.fill(slot, spec, 1)
+    levels = [table.level(np.array(slots, np.int64)) for slots in ([], [0], [0, 1], [1, 2], [0, 3], [2, 3])]
+    assert levels == [Level.GREEDY, Level.GREEDY, Level.DRAW, Level.FILTER, Level.CONTROL, Level.FULL]
 
 
 @pytest.mark.parametrize(
@@ -136,15 +124,18 @@ def test_padding_rows_are_greedy():
         (SamplingSpec(temperature=1.0, seed=9, top_k=3), Level.FILTER),
         (SamplingSpec(temperature=1.0, seed=9, top_p=0.6), Level.FILTER),
         (SamplingSpec(temperature=1.0, seed=9, min_p=0.1), Level.FILTER),
-        (SamplingSpec(num_logprobs=0), Level.FULL),
-        (SamplingSpec(min_tokens=1, masked_ids=(1,)), Level.FULL),
+        (SamplingSpec(num_logprobs=0), Level.CONTROL),
+        (SamplingSpec(min_tokens=1, masked_ids=(1,)), Level.CONTROL),
+        (SamplingSpec(temperature=1.0, seed=9, presence_penalty=0.1), Level.CONTROL),
+        (SamplingSpec(temperature=1.0, seed=9, logits_processors=(abs,)), Level.CONTROL),
+        (SamplingSpec(temperature=1.0, seed=9, top_k=3, bias=((1, 1.0),)), Level.FULL),
     ],
     ids=str,
 )
 def test_the_level_that_a_row_needs_is_enough_and_higher_ones_change_nothing(spec, level):
     assert spec.level == level
     batch = rows([spec] * 50, np.arange(5, 55))
-    expected = np.asarray(_sample(jnp.tile(LOGITS, (50, 1)), batch, 2, level)[0])
+    expected = np.asarray(_sample(jnp.tile(LOGITS, (50, 1)), batch, level))
     for higher in Level:
-        if higher > level:
-            np.testing.assert_array_equal(_sample(jnp.tile(LOGITS, (50, 1)), batch, 2, higher)[0], expected)
+        if higher & level == level:
+            np.testing.assert_array_equal(_sample(jnp.tile(LOGITS, (50, 1)), batch, higher), expected)

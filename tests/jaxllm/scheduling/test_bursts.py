@@ -1,7 +1,9 @@
 """Several decode steps in one plan: a stop token among them is the end, for the request and for the prefix cache."""
 
+import numpy as np
 import pytest
 
+from jaxllm.scheduling.plan import IN_FLIGHT
 from jaxllm.scheduling.scheduler import Scheduler
 from tests.jaxllm.scheduling.test_scheduler import Run, config, request
 from tests.jaxllm.scheduling.token_device import expected_output
@@ -21,3 +23,23 @@ def test_what_comes_after_a_stop_token_is_not_offered_to_the_prefix_cache(ahead)
     scheduler.add(longer)
     run.all()
     assert longer.num_cached_tokens <= 6 and longer.output_token_ids == expected[10:12]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("mates", [0, 2])
+def test_a_stepwise_request_has_no_token_in_flight_when_the_next_is_planned(ahead, mates):
+    scheduler = Scheduler(config(page_size=2, num_pages=12))  # few pages: they preempt one another
+    stepwise = request("a", [1, 2, 3], 12, stepwise=True)
+    others = [request(f"b{i}", [4, i], 12) for i in range(mates)]
+    for one in (stepwise, *others):
+        scheduler.add(one)
+    run = Run(scheduler, ahead, max_steps=4)
+    while scheduler.has_unfinished or run.in_flight:
+        plan = run.step()
+        if stepwise in plan.requests:
+            row = plan.requests.index(stepwise)
+            assert plan.num_steps == 1
+            assert row >= plan.num_decodes or plan.tokens[row] != IN_FLIGHT
+            assert int(np.sum(plan.starts[row] + plan.num_tokens[row])) <= stepwise.num_tokens
+    for one in (stepwise, *others):
+        assert one.output_token_ids == expected_output(one.prompt.tolist(), 12)

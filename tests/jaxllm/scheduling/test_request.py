@@ -36,7 +36,7 @@ def test_numbers_along_its_life():
 
 
 def test_finish_reasons_are_vllm_s():
-    assert [reason.value for reason in FinishReason] == ["stop", "length", "abort", "error"]
+    assert [reason.value for reason in FinishReason] == ["stop", "length", "abort", "error", "repetition"]
 
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=12)

@@ -1,0 +1,117 @@
+"""What the host says about a request's next token: masks that depend on its answer so far, and logits processors.
+
+A request with any of these is sampled one token at a time: the host must have seen its last token before it can say
+what may follow (`Request.stepwise`). The device computes the step's forward pass meanwhile.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxllm.runner.controls import bitmask
+from jaxllm.scheduling.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class Constraint(Protocol):
+    """Says what may follow a request's answer. Each request has its own, so it may remember what it has seen."""
+
+    def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
+        """i32[V/32] with the bits of the tokens that may follow the answer `tokens`, which only grows; None: all."""
+        ...
+
+
+class BadWords:
+    """Keeps token sequences out: the last token of one is not sampled after the others of it (as in vLLM).
+
+    Args:
+      words: sequences of at least two tokens; single ones need no host (SamplingSpec.banned_ids).
+    """
+
+    def __init__(self, words: Sequence[Sequence[int]], vocab_size: int) -> None:
+        self._words, self._vocab_size = [list(word) for word in words], vocab_size
+
+    def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
+        ends = [word[-1] for word in self._words if list(tokens[-len(word) + 1 :]) == word[:-1]]
+        return ~bitmask(ends, self._vocab_size) if ends else None
+
+
+class ThinkingBudget:
+    """Forces the closing reasoning marker, token by token, after `budget` tokens behind the opening one.
+
+    Args:
+      prompt: the prompt's token ids, in which the reasoning may already have begun.
+      start, end: the markers' token ids.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], start: Sequence[int], end: Sequence[int], budget: int, vocab_size: int
+    ) -> None:
+        self._start, self._end, self._budget, self._vocab_size = list(start), list(end), budget, vocab_size
+        self._read = 0  # tokens of the answer that have been taken in
+        self._forced = 0  # tokens of the closing marker that have been forced
+        self._tail: list[int] = []
+        self._thought: int | None = None  # tokens since the opening marker; None outside of the reasoning
+        for token in prompt:
+            self._take(token)
+
+    def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
+        for token in tokens[self._read :]:
+            if self._exhausted:
+                self._force_next()
+            else:
+                self._take(token)
+        self._read = len(tokens)
+        return bitmask([self._end[self._forced]], self._vocab_size) if self._exhausted else None
+
+    @property
+    def _exhausted(self) -> bool:
+        return self._thought is not None and self._thought >= self._budget
+
+    def _force_next(self) -> None:
+        self._forced += 1
+        if self._forced == len(self._end):
+            self._thought, self._forced, self._tail = None, 0, []
+
+    def _take(self, token: int) -> None:
+        self._tail = [*self._tail, token][-max(len(self._start), len(self._end)) :]
+        if self._tail[-len(self._end) :] == self._end:
+            self._thought = None
+        elif self._tail[-len(self._start) :] == self._start:
+            self._thought = 0
+        elif self._thought is not None:
+            self._thought += 1
+
+
+def combined_mask(constraints: Sequence[Constraint], tokens: Sequence[int]) -> np.ndarray | None:
+    """What all constraints allow after the answer `tokens`; None: everything."""
+    masks = [mask for one in constraints if (mask := one.mask(tokens)) is not None]
+    return np.bitwise_and.reduce(masks) if masks else None
+
+
+def takes_prompt(processor: Callable[..., Any]) -> bool:
+    """Whether a logits processor wants (prompt ids, output ids, logits) rather than (output ids, logits)."""
+    try:
+        parameters = inspect.signature(processor).parameters.values()
+    except (TypeError, ValueError):  # some built-in functions have no signature
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(one.kind in positional and one.default is one.empty for one in parameters) == 3
+
+
+def run_processors(request: Request, logits: np.ndarray) -> np.ndarray:
+    """f32[V] logits after the request's logits processors. Raises what they raise, and ValueError for a wrong shape."""
+    shape = logits.shape
+    for processor in request.sampling.logits_processors:
+        tokens = list(request.output_token_ids)
+        arguments = (request.prompt.tolist(), tokens) if takes_prompt(processor) else (tokens,)
+        logits = np.array(processor(*arguments, logits), np.float32)
+        if logits.shape != shape:
+            raise ValueError(f"logits_processors: {processor!r} returned shape {logits.shape} for logits {shape}")
+    return logits

@@ -1,0 +1,134 @@
+"""From SamplingParams to the runner's SamplingSpec: checks against the model, bad words and markers as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jaxllm.config import EngineConfig
+from jaxllm.runner.constraints import BadWords, ThinkingBudget
+from jaxllm.runner.controls import MAX_BIASED
+from jaxllm.runner.sampler import SamplingSpec
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.tokenizer import Tokenizer
+
+
+class SamplingSpecs:
+    """Checks requests' sampling parameters and translates them, for one engine."""
+
+    def __init__(self, config: EngineConfig, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+        self._config, self._vocab_size, self._tokenizer = config, vocab_size, tokenizer
+
+    def check(self, params: SamplingParams) -> None:
+        """Raises ValueError, naming the field, for what this engine or model cannot do."""
+        if params.use_beam_search:
+            raise ValueError("use_beam_search=True is not supported by this version")
+        if params.structured_outputs is not None:
+            raise ValueError(f"structured_outputs is not supported by this version, got {params.structured_outputs!r}")
+        self._check_ids(params)
+        self._check_logprobs(params)
+        for name in ("stop", "bad_words"):
+            if getattr(params, name) and self._tokenizer is None:
+                raise ValueError(f"{name} (strings) needs a tokenizer; use stop_token_ids or logit_bias")
+        self._bad_words(params)
+        if len(params.logit_bias or ()) > MAX_BIASED:
+            raise ValueError(f"logit_bias must have at most {MAX_BIASED} tokens, got {len(params.logit_bias or ())}")
+        if params.thinking_token_budget is not None and (
+            self._tokenizer is None or self._config.reasoning_config is None
+        ):
+            raise ValueError(
+                f"thinking_token_budget={params.thinking_token_budget} needs a tokenizer, and the engine's "
+                f"reasoning_config to say how the reasoning begins and ends"
+            )
+
+    def make(
+        self, params: SamplingParams, prompt: Sequence[int], index: int, seed: int, stop_ids: Iterable[int]
+    ) -> SamplingSpec:
+        """The spec of the request's answer number `index`; the first one scores the prompt."""
+        words = self._bad_words(params)
+        scores_prompt = params.prompt_logprobs is not None or bool(params.prompt_logprob_token_ids)
+        return SamplingSpec(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=seed,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            num_logprobs=self._num_logprobs(params),
+            logprob_ids=tuple(params.logprob_token_ids or ()),
+            min_tokens=params.min_tokens,
+            masked_ids=tuple(sorted(stop_ids)) if params.min_tokens else (),
+            allowed_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
+            banned_ids=tuple(word[0] for word in words if len(word) == 1),
+            bias=tuple((params.logit_bias or {}).items()),
+            constraints=self._constraints(params, prompt, [word for word in words if len(word) > 1]),
+            logits_processors=tuple(params.logits_processors or ()),
+            scores_prompt=scores_prompt and index == 0,
+            first_scored=0 if params.prompt_logprobs is not None else params.prompt_logprob_start or 0,
+            prompt_logprob_ids=tuple(params.prompt_logprob_token_ids or ()),
+        )
+
+    @staticmethod
+    def _num_logprobs(params: SamplingParams) -> int:
+        """How many the device must return: with logprobs=-1 it returns all that it has."""
+        if params.logprobs is not None:
+            return max(params.logprobs, 0)
+        return 0 if params.logprob_token_ids or params.num_sequences > params.n else -1
+
+    def _constraints(self, params: SamplingParams, prompt: Sequence[int], words: list[list[int]]) -> tuple[Any, ...]:
+        constraints: list[Any] = [BadWords(words, self._vocab_size)] if words else []
+        if params.thinking_token_budget is not None:
+            assert self._config.reasoning_config is not None
+            start, end = (
+                self._encode(self._config.reasoning_config[name])
+                for name in ("reasoning_start_str", "reasoning_end_str")
+            )
+            constraints.append(ThinkingBudget(prompt, start, end, params.thinking_token_budget, self._vocab_size))
+        return tuple(constraints)
+
+    def _encode(self, text: str) -> list[int]:
+        assert self._tokenizer is not None
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """The tokens of each bad word, at the beginning of a text and inside of it where that is something else."""
+        found = []
+        for word in params.bad_words or ():
+            plain = self._encode(word.lstrip())
+            if not plain:
+                raise ValueError(f"bad_words must hold words that have tokens, got {word!r}")
+            spaced = self._encode(" " + word.lstrip())
+            found += [plain] if spaced == plain else [plain, spaced]
+        return found
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        names = (
+            "stop_token_ids",
+            "allowed_token_ids",
+            "logit_bias",
+            "logprob_token_ids",
+            "prompt_logprob_token_ids",
+        )
+        for name in names:
+            for token in getattr(params, name) or ():
+                if token >= self._vocab_size:
+                    raise ValueError(
+                        f"{name}: {token} is out of range: the vocabulary has ids 0 to {self._vocab_size - 1}"
+                    )
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        allowed = self._config.max_logprobs
+        if allowed == -1:
+            return
+        counts = {
+            "logprobs": None if params.logprob_token_ids else params.logprobs,
+            "prompt_logprobs": params.prompt_logprobs,
+            "prompt_logprob_token_ids": len(params.prompt_logprob_token_ids or ()),
+        }
+        for name, count in counts.items():
+            wanted = self._vocab_size if count == -1 else count or 0
+            if wanted > allowed:
+                what = f"{name}={count}" if name.endswith("logprobs") else f"the number of {name}, {count},"
+                raise ValueError(f"{what} exceeds the engine's max_logprobs={allowed}")
