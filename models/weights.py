@@ -23,6 +23,7 @@ from jaxllm.models.interface import Network, Params, checkpoint_names
 from jaxllm.models.layers.param import ParamSpec
 from jaxllm.models.lora import Adapter
 from jaxllm.models.quantization.checkpoint import problems_of, read_packed, with_floats
+from jaxllm.models.quantization.scheme import FLOATS
 
 ParamPath = tuple[str, ...]  # ("layers", "0", "attention", "qkv", "weight")
 
@@ -247,6 +248,8 @@ def _problems_of_tensors(network: Network, slots: Mapping[str, Slot], tensors: l
         name, file, shape = tensor.name, tensor.file.name, list(tensor.shape)
         if name in slots and slots[name].file_shape != tensor.shape:
             problems.append(f"{name} in {file}: expected shape {list(slots[name].file_shape)}, found {shape}")
+        elif name in slots and tensor.dtype not in ("float64", *FLOATS):
+            problems.append(f"{name} in {file}: expected one of {', '.join(FLOATS)}, found {tensor.dtype}")
         elif name in used and by_name[name].file.name != file:
             problems.append(f"{name} is in both {file} and {by_name[name].file.name}")
         elif name not in used and not any(fnmatchcase(name, pattern) for pattern in network.ignored_weights):

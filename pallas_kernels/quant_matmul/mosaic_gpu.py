@@ -430,9 +430,9 @@ def _add_step(sizes, warpgroup, shared, count, x_scales_of, block_start, i, acc)
                 acc = _product(sizes, values, activations, warpgroup, shared, acc)
                 continue
             # Sums of fp8 products have few bits in the tensor cores: no more than a tile's are left to them.
+            scales = _by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) if sizes.groups else None
             product = _product(sizes, values, activations, warpgroup, shared).astype(jnp.float32)
-            if sizes.groups:
-                scales = _by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32)
+            if scales is not None:
                 product *= _along_columns(scales, acc.shape)
             acc += product if x_scales is None else product * x_scales[tile]
 

@@ -141,6 +141,12 @@ def test_all_problems_are_in_one_error_with_file_and_shapes(saved):
         assert line in text
 
 
+def test_codes_are_not_taken_for_floats(saved):
+    net, _, folder = saved
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(32, np.int8)}))
+    assert "model.norm.weight in model.safetensors: expected one of float32, bfloat16" in message(net, folder)
+
+
 def test_same_tensor_in_two_shards(saved):
     net, _, folder = saved
     first, second = shard(folder, 2)
