@@ -43,18 +43,43 @@ def throughput() -> None:
 
 
 def kernels() -> None:
-    decode = read("kernels-h200-paged-decode")["results"]
-    rows = [[case["spec"], f"{case['microseconds']:.1f}", f"{case['fraction']:.1%}"] for case in decode["cases"]]
-    table(["paged_decode", "µs", f"of {decode['ceilings']['bytes'] / 1e12:.2f} TB/s read"], rows)
-    prefill = read("kernels-h200-ragged-prefill")["results"]
-    rows = [[spec, one["ms"], one["tflops"]] for spec, one in prefill["specs"].items()]
-    table(["ragged_prefill", "ms", f"TFLOP/s (a matrix product: {prefill['matmul_tflops']})"], rows)
+    for op in ("paged-decode", "ragged-prefill", "quant-matmul"):
+        results = read(f"kernels-h200-{op}")["results"]
+        of = f"of {results['ceilings']['bytes'] / 1e12:.2f} TB/s read"
+        if op == "ragged-prefill":
+            of = f"TFLOP/s (a matrix product: {results['ceilings']['flops'] / 1e12:.0f})"
+        rows = []
+        for case in results["cases"]:
+            fraction = f"{case['rate'] / 1e12:.0f}" if op == "ragged-prefill" else f"{case['fraction']:.1%}"
+            rows.append([case["spec"], f"{case['microseconds']:.1f}", fraction])
+        table([op.replace("-", "_"), "µs", of], rows)
+
+
+def end_to_end() -> None:
+    rows = []
+    for path in sorted(RESULTS.glob("end-to-end-h200-*.json")):
+        results = json.loads(path.read_text())["results"]
+        for one in results["workloads"]:
+            unit = "ms a token" if one["per_token"] else "tokens/s"
+            others = [f"{one[key]:,}" if one[key] else "" for key in ("vllm", "hf", "asked")]
+            kernels = "" if results["backend"] == "mosaic_gpu" else f", kernels: {results['backend']}"
+            figure = f"{one['figure']:,.2f}" if one["per_token"] else f"{one['figure']:,.0f}"
+            rows.append(
+                [
+                    f"{results['suite']}{kernels}, {one['name']}",
+                    unit,
+                    figure,
+                    f"{one['fraction_of_floor']:.0%}",
+                    *others,
+                ]
+            )
+    table(["model, workload", "unit", "jaxllm", "of the floor", "vLLM 0.24", "transformers 5.17", "aim"], rows)
 
 
 def steps() -> None:
     rows = []
-    for name in ("profile-h200-llama-3.1-8b", "profile-h200-tinyllm-92m"):
-        results = read(name)["results"]
+    for path in sorted(RESULTS.glob("profile-h200-*.json")):
+        results = json.loads(path.read_text())["results"]
         for one in results["steps"]:
             times = [f"{one['ms_per_step']:.2f}", f"{one['ms_to_hand_over']:.2f}"]
             rows.append([results["config"], one["rows"], *times])
@@ -69,6 +94,7 @@ def host() -> None:
 
 if __name__ == "__main__":
     throughput()
+    end_to_end()
     kernels()
     steps()
     host()
