@@ -177,3 +177,8 @@ def made_by_transformers(folder: Path, config: dict) -> Reference:
     randomize(model).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     return of_transformers(model)
+
+
+def slow_but(quick: tuple[str, ...], variants: dict) -> list:
+    """The variants' names as parameters, marked as slow but for the `quick`: each compiles programs of its own."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in variants]

@@ -126,18 +126,23 @@ def add_to_checkpoint(folder, **tensors):
     save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_transformers(variant, tmp_path):
+@pytest.mark.parametrize("variant", ref.slow_but(("v3",), VARIANTS))
+def test_alone(variant, tmp_path):
     reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
     if variant == "v3":  # the layer that predicts a second token
         add_to_checkpoint(
-            tmp_path, **{"model.layers.2.eh_proj.weight": torch.zeros(2), "model.layers.2.enorm.weight": torch.zeros(2)}
+            tmp_path, **{f"model.layers.2.{name}.weight": torch.zeros(2) for name in ("eh_proj", "enorm")}
         )
     network, params = ref.open_checkpoint(tmp_path)
     assert network.kv_shapes(5, 4) == (((5, 4, 24 + 8), None),) * 2
     ref.check_alone(network, params, reference, ref.prompt(19, 96))
-    if variant == "v3":
-        ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
+
+
+@pytest.mark.parametrize("variant", ref.slow_but(("v2",), VARIANTS))
+def test_batched(variant, tmp_path):
+    reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
+    network, params = ref.open_checkpoint(tmp_path)
+    ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
 
 
 @pytest.mark.slow

@@ -91,17 +91,21 @@ TINY_GEMMA2 = GEMMA2_2B | TINY | {"attn_logit_softcapping": 2.0, "final_logit_so
 TINY_GEMMA3 = GEMMA3_1B | TINY | {"num_hidden_layers": 3, "sliding_window_pattern": 3}
 
 
-def test_gemma2(tmp_path):
-    reference = ref.made_by_transformers(tmp_path, TINY_GEMMA2)
+VARIANTS = {"gemma2": TINY_GEMMA2, "gemma3": TINY_GEMMA3}
+
+
+@pytest.mark.parametrize("variant", ref.slow_but(("gemma2",), VARIANTS))
+def test_alone(variant, tmp_path):
+    reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
     network, params = ref.open_checkpoint(tmp_path)
     ref.check_alone(network, params, reference, ref.prompt(21, 96))
 
 
-def test_gemma3(tmp_path):
-    reference = ref.made_by_transformers(tmp_path, TINY_GEMMA3)
+@pytest.mark.parametrize("variant", ref.slow_but(("gemma3",), VARIANTS))
+def test_batched(variant, tmp_path):
+    reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
     network, params = ref.open_checkpoint(tmp_path)
     ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
-    ref.check_alone(network, params, reference, ref.prompt(21, 96))
 
 
 def test_both_ropes_as_both_versions_of_transformers_write_them():
@@ -119,6 +123,7 @@ def test_both_ropes_as_both_versions_of_transformers_write_them():
     )
 
 
+@pytest.mark.slow
 def test_text_part_of_a_multimodal_checkpoint(tmp_path):
     reference = ref.made_by_transformers(tmp_path / "text", TINY_GEMMA3)
     text = load_file(tmp_path / "text" / "model.safetensors")

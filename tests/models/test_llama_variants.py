@@ -100,16 +100,20 @@ VARIANTS = {
     "qwen2-layer-types": QWEN25_7B | TINY | SLIDING_QWEN2 | {"layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": QWEN3_8B | TINY | {"head_dim": 16},
 }
-BATCHED = ("mistral-v0.1", "qwen2-sliding")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_transformers(variant, tmp_path):
+@pytest.mark.parametrize("variant", ref.slow_but(("qwen2.5-tied-yarn", "qwen3"), VARIANTS))
+def test_alone(variant, tmp_path):
     reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
     network, params = ref.open_checkpoint(tmp_path)
     ref.check_alone(network, params, reference, ref.prompt(21, 96))  # longer than every window
-    if variant in BATCHED:
-        ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
+
+
+@pytest.mark.parametrize("variant", ref.slow_but(("mistral-v0.1",), VARIANTS))
+def test_batched(variant, tmp_path):
+    reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
+    network, params = ref.open_checkpoint(tmp_path)
+    ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
 
 
 @pytest.mark.slow

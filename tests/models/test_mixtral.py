@@ -110,13 +110,19 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_transformers(variant, tmp_path):
+@pytest.mark.parametrize("variant", ref.slow_but(("qwen3-moe",), VARIANTS))
+def test_alone(variant, tmp_path):
     reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
     network, params = ref.open_checkpoint(tmp_path)
     ref.check_alone(network, params, reference, ref.prompt(14, 96))
-    if variant == "mixtral":
-        ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_batched(variant, tmp_path):
+    reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
+    network, params = ref.open_checkpoint(tmp_path)
+    ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
 
 
 def test_a_token_does_not_depend_on_batch_mates_and_padding(tmp_path):

@@ -73,6 +73,7 @@ def test_equals_transformers_with_an_odd_window(tmp_path):
     ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [21, 65, 90])  # the trained length is 64
 def test_longrope_by_length(length, tmp_path):
     reference = ref.made_by_transformers(tmp_path, TINY_PHI4)
