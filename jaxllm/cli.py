@@ -1,4 +1,4 @@
-"""The command line: jaxllm generate, chat, inspect and merge-lora. Engine flags are generated from EngineConfig."""
+"""The command line: jaxllm generate, chat, models, inspect, merge-lora. Engine flags are those of EngineConfig."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk with the model", description="Talks with the model, turn by turn.")
     chat.add_argument("--system-prompt", help="the system message")
     chat.set_defaults(run=run_chat)
+    models = commands.add_parser("models", help="list what can be loaded", description="Lists what can be loaded.")
+    models.set_defaults(run=run_models, log_level="warning")
     for command in (generate, chat):
         command.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
         add_sampling_flags(command)
@@ -184,6 +186,23 @@ def run_merge_lora(args: argparse.Namespace) -> int:
     from jaxllm.models.lora import merge_checkpoint
 
     print(merge_checkpoint(args.model, args.adapter, args.out))
+    return 0
+
+
+def run_models(args: argparse.Namespace) -> int:
+    from jaxllm.models.checkpoint_files import WEIGHT_FILES
+    from jaxllm.models.config import DTYPES
+    from jaxllm.models.quantization import STORED_METHODS
+    from jaxllm.models.registry import model_names
+
+    names = model_names()
+    width = max(map(len, names))
+    print("Architectures, as config.json names them:")
+    for architecture, known_as in names.items():
+        print(f"  {architecture:{width}}  {known_as}".rstrip())
+    print(f"Weights, the first that is there: {', '.join(WEIGHT_FILES)}")
+    print(f"Quantized checkpoints: {', '.join(STORED_METHODS)}")
+    print(f"Data types: {', '.join(DTYPES)}")
     return 0
 
 

@@ -11,7 +11,7 @@ Knows nothing of requests, scheduling or text. A model is built by name:
 from jaxllm.models.config import ModelConfig, RopeConfig
 from jaxllm.models.hub import resolve
 from jaxllm.models.interface import KVPages, LayerKV, Network, StepBatch
-from jaxllm.models.registry import build, read_config, register_model, supported_architectures
+from jaxllm.models.registry import build, model_names, read_config, register_model, supported_architectures
 from jaxllm.models.weights import CheckpointError, check_params, load_params, save_checkpoint
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "build",
     "check_params",
     "load_params",
+    "model_names",
     "read_config",
     "register_model",
     "resolve",

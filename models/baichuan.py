@@ -40,6 +40,7 @@ class BaichuanConfig(ModelConfig):
 class BaichuanForCausalLM(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "Baichuan; Baichuan2"
     config_class: ClassVar = BaichuanConfig
 
     def __init__(self, config: BaichuanConfig, dtype):

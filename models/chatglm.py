@@ -60,6 +60,7 @@ class ChatGLMConfig(ModelConfig):
 class ChatGLMModel(LlamaForCausalLM):
     """A `Model` (see interface.py). config.json of a chat model names this class or ChatGLMForConditionalGeneration."""
 
+    known_as: ClassVar = "ChatGLM3; GLM-4-9B-chat and its 1M variant"
     config_class: ClassVar = ChatGLMConfig
     weight_names: ClassVar = (
         ("transformer.embedding.word_embeddings", "embed"),
@@ -92,6 +93,7 @@ class GlmConfig(ModelConfig):
 class GlmForCausalLM(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "GLM-4-9B in the layout of transformers"
     config_class: ClassVar = GlmConfig
     weight_names: ClassVar = (
         *(row for row in LlamaForCausalLM.weight_names if "gate_up" not in row[1]),

@@ -166,9 +166,8 @@ class DeepseekMoE(MoE):
 
 
 class DeepseekLayer(SparseDecoderLayer):
-    def __init__(self, config: DeepseekConfig, dtype, layer: int):
-        super().__init__(config, dtype, layer)
-        self.attention = LatentAttention(
+    def make_attention(self, config: DeepseekConfig, dtype, layer: int) -> LatentAttention:
+        return LatentAttention(
             config.hidden_size,
             config.num_attention_heads,
             latent_size=config.latent_size,
@@ -182,13 +181,15 @@ class DeepseekLayer(SparseDecoderLayer):
             dtype=dtype,
             initializer=normal(config.initializer_range),
         )
-        if layer not in config.dense_layers:
-            self.mlp = DeepseekMoE(config, dtype)
+
+    def make_experts(self, config: DeepseekConfig, dtype) -> DeepseekMoE:
+        return DeepseekMoE(config, dtype)
 
 
 class DeepseekV2ForCausalLM(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "DeepSeek-V2, V2-Lite and V2.5; DeepSeek-Coder-V2"
     config_class: ClassVar = DeepseekV2Config
     layer_class: ClassVar = DeepseekLayer
     weight_names: ClassVar = (
@@ -215,6 +216,7 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "DeepSeek-V3 and V3.1; DeepSeek-R1"
     config_class: ClassVar = DeepseekV3Config
 
     def __init__(self, config: DeepseekConfig, dtype):

@@ -63,7 +63,7 @@ class GemmaConfig(ModelConfig):
 
 
 def _soft_cap(get, key: str, config: Mapping[str, Any]) -> float | None:
-    if key in config and config[key] is None:
+    if key in config and config[key] is None:  # which is not the family's default, as an absent key is
         return None
     cap = get.number(key, default=0.0)
     return cap or None
@@ -173,6 +173,7 @@ class DecoderLayer(nnx.Module):
 class Gemma2ForCausalLM(nnx.Module):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "Gemma 2"
     config_class: ClassVar = Gemma2Config
     weight_names: ClassVar = (
         *(
@@ -229,6 +230,7 @@ class Gemma2ForCausalLM(nnx.Module):
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
     """Gemma 3's text models: five local layers to a global one, each kind with a rope of its own; norms of q and k."""
 
+    known_as: ClassVar = "Gemma 3, 270M and 1B"
     config_class: ClassVar = Gemma3Config
     weight_names: ClassVar = (*Gemma2ForCausalLM.weight_names, *QK_NORM_NAMES)
 
@@ -236,6 +238,7 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
 class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
     """The text part of Gemma 3's models of text and images."""
 
+    known_as: ClassVar = "Gemma 3, 4B to 27B, text alone"
     config_class: ClassVar = Gemma3TextOfConfig
     weight_names: ClassVar = tuple(
         (f"language_model.{theirs}", *ours) for theirs, *ours in Gemma3ForCausalLM.weight_names

@@ -84,6 +84,7 @@ class DecoderLayer(nnx.Module):
 class GPT2LMHeadModel(nnx.Module):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "GPT-2; DistilGPT2"
     config_class: ClassVar = GPT2Config
     optional_prefixes: ClassVar = ("transformer.",)
     weight_names: ClassVar = (

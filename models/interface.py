@@ -67,6 +67,7 @@ class Model(Protocol):
     a stacked weight, and the last word ("weight", "bias") is carried over. `ignored_weights` are patterns (fnmatch) of
     checkpoint tensors nothing uses.
     `optional_prefixes`, where a family has them, begin names that some of its checkpoints give without.
+    `known_as` names the models that people know, for lists of what is supported. Optional.
     A family whose config.json has keys of its own names a subclass of ModelConfig in `config_class`.
     """
 

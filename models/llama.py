@@ -29,10 +29,13 @@ class DecoderLayer(nnx.Module):
     attention_class: ClassVar = Attention
 
     def __init__(self, config: ModelConfig, dtype, layer: int):
-        initializer = normal(config.initializer_range)
-        norm = functools.partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype)
-        self.attention_norm = norm(config.hidden_size)
-        self.attention = self.attention_class(
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention = self.make_attention(config, dtype, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = self.make_mlp(config, dtype, layer)
+
+    def make_attention(self, config: ModelConfig, dtype, layer: int) -> nnx.Module:
+        return self.attention_class(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -40,20 +43,23 @@ class DecoderLayer(nnx.Module):
             qkv_bias=config.attention_bias,
             out_bias=config.attention_out_bias,
             dtype=dtype,
-            initializer=initializer,
+            initializer=normal(config.initializer_range),
             interleaved_rope=config.rope is not None and config.rope.interleaved,
             alibi=config.alibi,
             window=config.window(layer),
-            norm=functools.partial(norm, axis=None) if config.qk_norm else None,
+            norm=functools.partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype, axis=None)
+            if config.qk_norm
+            else None,
         )
-        self.mlp_norm = norm(config.hidden_size)
-        self.mlp = GatedMLP(
+
+    def make_mlp(self, config: ModelConfig, dtype, layer: int) -> nnx.Module:
+        return GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             act=config.hidden_act,
             bias=config.mlp_bias,
             dtype=dtype,
-            initializer=initializer,
+            initializer=normal(config.initializer_range),
         )
 
     def __call__(
@@ -78,6 +84,7 @@ QK_NORM_NAMES = (
 class LlamaForCausalLM(nnx.Module):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "Llama 1, 2 and 3.x; Vicuna; Chinese-Alpaca-2; Yi; DeepSeek LLM; SmolLM2"
     layer_class: ClassVar = DecoderLayer
     weight_names: ClassVar = (
         ("model.embed_tokens", "embed"),
@@ -150,6 +157,7 @@ class MistralConfig(ModelConfig):
 class MistralForCausalLM(LlamaForCausalLM):
     """Mistral (Jiang et al. 2023): Llama with a sliding window in its first version."""
 
+    known_as: ClassVar = "Mistral 7B; Mistral Nemo; Mistral Small"
     config_class: ClassVar = MistralConfig
 
 
@@ -178,6 +186,7 @@ class Qwen2Config(ModelConfig):
 class Qwen2ForCausalLM(LlamaForCausalLM):
     """Qwen1.5, Qwen2 and Qwen2.5 (Qwen team 2024): biases on q, k and v; the later layers may have a window."""
 
+    known_as: ClassVar = "Qwen1.5; Qwen2; Qwen2.5; QwQ; DeepSeek-R1-Distill-Qwen"
     config_class: ClassVar = Qwen2Config
 
 
@@ -191,6 +200,7 @@ class Qwen3Config(Qwen2Config):
 class Qwen3ForCausalLM(LlamaForCausalLM):
     """Qwen3 (Qwen team 2025): each head's queries and keys are normed."""
 
+    known_as: ClassVar = "Qwen3"
     config_class: ClassVar = Qwen3Config
     weight_names: ClassVar = (*LlamaForCausalLM.weight_names, *QK_NORM_NAMES)
 
@@ -208,6 +218,7 @@ class Phi3Config(ModelConfig):
 class Phi3ForCausalLM(LlamaForCausalLM):
     """Phi-3, Phi-3.5 and Phi-4 (Abdin et al. 2024): fused projections, a window, LongRoPE."""
 
+    known_as: ClassVar = "Phi-3; Phi-3.5-mini; Phi-4; Phi-4-mini"
     config_class: ClassVar = Phi3Config
     weight_names: ClassVar = (
         ("model.embed_tokens", "embed"),

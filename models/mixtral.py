@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
+from flax import nnx
 
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.interface import StepBatch
@@ -103,18 +104,15 @@ class Qwen3MoeConfig(Qwen2MoeConfig):
 
 
 class SparseDecoderLayer(DecoderLayer):
-    """A layer whose feed-forward part may be a mixture of experts."""
+    """A layer whose feed-forward part is a mixture of experts, unless the config says that it is dense."""
 
-    def feed_forward(self, x: jax.Array, batch: StepBatch) -> jax.Array:
-        return self.mlp(x, batch) if isinstance(self.mlp, MoE) else self.mlp(x)
-
-
-class MixtralLayer(SparseDecoderLayer):
-    def __init__(self, config: MoEConfig, dtype, layer: int):
-        super().__init__(config, dtype, layer)
+    def make_mlp(self, config: MoEConfig, dtype, layer: int) -> nnx.Module:
         if layer in config.dense_layers:
-            return
-        self.mlp = MoE(
+            return super().make_mlp(config, dtype, layer)
+        return self.make_experts(config, dtype)
+
+    def make_experts(self, config: MoEConfig, dtype) -> MoE:
+        return MoE(
             config.hidden_size,
             config.num_experts,
             config.expert_size,
@@ -127,12 +125,16 @@ class MixtralLayer(SparseDecoderLayer):
             shared_gate=config.shared_expert_size > 0,
         )
 
+    def feed_forward(self, x: jax.Array, batch: StepBatch) -> jax.Array:
+        return self.mlp(x, batch) if isinstance(self.mlp, MoE) else self.mlp(x)
+
 
 class MixtralForCausalLM(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "Mixtral 8x7B and 8x22B"
     config_class: ClassVar = MixtralConfig
-    layer_class: ClassVar = MixtralLayer
+    layer_class: ClassVar = SparseDecoderLayer
     weight_names: ClassVar = (
         *LlamaForCausalLM.weight_names,
         ("model.layers.{}.block_sparse_moe.gate", "layers.{}.mlp.gate"),
@@ -153,6 +155,7 @@ EXPERT_NAMES = (
 class Qwen2MoeForCausalLM(MixtralForCausalLM):
     """Qwen1.5-MoE and Qwen2-57B-A14B: small experts, and a shared one with a gate."""
 
+    known_as: ClassVar = "Qwen1.5-MoE; Qwen2-57B-A14B"
     config_class: ClassVar = Qwen2MoeConfig
     weight_names: ClassVar = (
         *LlamaForCausalLM.weight_names,
@@ -167,5 +170,6 @@ class Qwen2MoeForCausalLM(MixtralForCausalLM):
 class Qwen3MoeForCausalLM(MixtralForCausalLM):
     """Qwen3-30B-A3B and Qwen3-235B-A22B: Qwen3 with 128 small experts."""
 
+    known_as: ClassVar = "Qwen3-30B-A3B; Qwen3-235B-A22B; Qwen3-Coder"
     config_class: ClassVar = Qwen3MoeConfig
     weight_names: ClassVar = (*LlamaForCausalLM.weight_names, *EXPERT_NAMES, *QK_NORM_NAMES)

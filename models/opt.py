@@ -93,6 +93,7 @@ class DecoderLayer(nnx.Module):
 class OPTForCausalLM(nnx.Module):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "OPT"
     config_class: ClassVar = OPTConfig
     optional_prefixes: ClassVar = ("model.", "model.decoder.")
     weight_names: ClassVar = (

@@ -134,6 +134,7 @@ class QWenLayer(DecoderLayer):
 class QWenLMHeadModel(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "Qwen (the first version)"
     config_class: ClassVar = QWenConfig
     layer_class: ClassVar = QWenLayer
     weight_names: ClassVar = (

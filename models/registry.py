@@ -67,6 +67,11 @@ def supported_architectures() -> list[str]:
     return sorted(_targets())
 
 
+def model_names() -> dict[str, str]:
+    """Each architecture -> the models that people know by it, as its class says in `known_as`; "" where it doesn't."""
+    return {name: getattr(model_class(name), "known_as", "") for name in supported_architectures()}
+
+
 def model_class(architecture: str) -> type:
     """The class behind a name.
 

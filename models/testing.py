@@ -64,6 +64,7 @@ def continuation(prompt: Sequence[int], num_tokens: int, vocab_size: int = 32, n
 class RunningSumForTesting(nnx.Module):
     """A `Model` (see interface.py). Its one weight is the embedding: row t holds t in every place."""
 
+    known_as: ClassVar = "no model: a network for tests"
     weight_names: ClassVar = (("embed_tokens", "embed"),)
     ignored_weights: ClassVar = ()
 

@@ -19,4 +19,5 @@ class TinyllmConfig(ModelConfig):
 class TinyllmForCausalLM(LlamaForCausalLM):
     """A `Model` (see interface.py)."""
 
+    known_as: ClassVar = "TinyLLM"
     config_class: ClassVar = TinyllmConfig

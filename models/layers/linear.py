@@ -38,21 +38,6 @@ def per_head(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("tni,nio->tno", x, weight, precision=_precision(x))
 
 
-def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """x [M, in], of which each of E consecutive groups, of group_sizes i32[E] rows, meets its own matrix of weight
-    [E, out, in] -> [M, out]. Rows past the last group's hold anything. Precision as in `matmul`."""
-    return jax.lax.ragged_dot_general(
-        x,
-        weight,
-        group_sizes,
-        ragged_dot_dimension_numbers=jax.lax.RaggedDotDimensionNumbers(
-            dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-        ),
-        precision=_precision(x),
-        preferred_element_type=x.dtype,
-    )
-
-
 class Linear(nnx.Module):
     """y = x Wᵀ + b. With `out_features` a dict it is several layers merged into one, each a named part of W's rows."""
 

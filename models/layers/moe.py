@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.models.interface import StepBatch
-from jaxllm.models.layers.linear import Linear, grouped_matmul, matmul
+from jaxllm.models.layers.linear import Linear, matmul
 from jaxllm.models.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxllm.models.layers.param import Initializer, param, zeros
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 class Router(nnx.Module):

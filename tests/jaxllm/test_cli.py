@@ -171,3 +171,9 @@ def test_flags_become_the_fields():
     assert args.gpu_memory_utilization == 0.5 and args.seed == 3
     assert args.enable_prefix_caching is False and args.hf_overrides == {"a": 1}
     assert args.max_num_seqs is None  # not given: EngineConfig's default stands
+
+
+def test_models_lists_architectures_and_formats(run):
+    status, out, _ = run("models")
+    assert status == 0
+    assert "LlamaForCausalLM" in out and "Vicuna" in out and "model.safetensors" in out and "bfloat16" in out

@@ -57,7 +57,7 @@ BAD = {
     "hidden_act": ({"hidden_act": "mish"}, ["hidden_act='mish'", "silu", "gelu"]),
     "dtype": ({"torch_dtype": "int8"}, ["torch_dtype='int8'", "bfloat16"]),
     "rope not a dict": ({"rope_scaling": 2.0}, ["rope_scaling=2.0", "rope_type"]),
-    "rope type": ({"rope_scaling": {"type": "su"}}, ["rope_scaling.rope_type='su'", "llama3", "yarn"]),
+    "rope type": ({"rope_scaling": {"type": "mrope"}}, ["rope_scaling.rope_type='mrope'", "llama3", "yarn"]),
     "rope key": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mrope_section": [1]}},
         ["rope_parameters.mrope_section=[1]", "factor"],

@@ -123,12 +123,12 @@ def test_a_token_does_not_depend_on_batch_mates_and_padding(tmp_path):
     ref.made_by_transformers(tmp_path, TINY_MIXTRAL)
     network, params = ref.open_checkpoint(tmp_path)
     tokens, answers = ref.prompt(9, 96), []
-    for mates, pad in ((0, 0), (0, 5), (12, 0)):  # the mates all send every token to the same experts
+    for mates, pad in ((0, 0), (12, 5)):  # the mates all send every token to the same experts
         stepper = Stepper(network, params)
         row = stepper.add(tokens)
         counts = {stepper.add([3] * 8): 8 for _ in range(mates)} | {row: 9}
         answers.append(stepper.step(counts, pad=pad)[row])
-    np.testing.assert_allclose(answers, [answers[0]] * 3, atol=1e-5)
+    np.testing.assert_allclose(answers, [answers[0]] * 2, atol=1e-5)
 
 
 def test_experts_are_stacked_and_saved_one_by_one(tmp_path):

@@ -3,7 +3,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from jaxllm.models import ModelConfig, build, register_model, registry, supported_architectures, testing
+from jaxllm.models import ModelConfig, build, read_config, register_model, registry, supported_architectures, testing
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +67,9 @@ def test_entry_points_of_other_packages_are_in_the_table(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == "jaxllm.models" else [])
     assert "Plugin" in supported_architectures()
     assert build(config("Plugin")).config.architecture == "Plugin"
+
+
+@pytest.mark.parametrize("architecture", ["Llama4ForConditionalGeneration", "Qwen3NextForCausalLM", "GemmaForCausalLM"])
+def test_a_name_that_is_near_a_supported_one_is_not_taken_for_it(architecture):
+    with pytest.raises(ValueError, match=rf"'{architecture}' is not supported; the nearest is"):
+        read_config(testing.config_dict(architectures=[architecture]))
