@@ -1,4 +1,4 @@
-"""The command line: generate, chat, models, inspect and merge-lora. Engine flags are generated from EngineConfig."""
+"""The command line: jaxllm generate, chat, models, inspect, merge-lora. Engine flags are those of EngineConfig."""
 
 from __future__ import annotations
 
@@ -179,21 +179,6 @@ def run_chat(args: argparse.Namespace) -> int:
         messages.append({"role": "assistant", "content": answer})
 
 
-def run_models(args: argparse.Namespace) -> int:
-    from jaxllm.models.checkpoint_files import WEIGHT_FILES
-    from jaxllm.models.config import DTYPES
-    from jaxllm.models.registry import model_names
-
-    names = model_names()
-    width = max(map(len, names))
-    print("Architectures, as config.json names them:")
-    for architecture, known_as in names.items():
-        print(f"  {architecture:{width}}  {known_as}".rstrip())
-    print(f"Weights, the first that is there: {', '.join(WEIGHT_FILES)}")
-    print(f"Data types: {', '.join(DTYPES)}")
-    return 0
-
-
 def run_inspect(args: argparse.Namespace) -> int:
     from jaxllm.inspection import inspect
 
@@ -205,6 +190,23 @@ def run_merge_lora(args: argparse.Namespace) -> int:
     from jaxllm.models.lora import merge_checkpoint
 
     print(merge_checkpoint(args.model, args.adapter, args.out))
+    return 0
+
+
+def run_models(args: argparse.Namespace) -> int:
+    from jaxllm.models.checkpoint_files import WEIGHT_FILES
+    from jaxllm.models.config import DTYPES
+    from jaxllm.models.quantization import STORED_METHODS
+    from jaxllm.models.registry import model_names
+
+    names = model_names()
+    width = max(map(len, names))
+    print("Architectures, as config.json names them:")
+    for architecture, known_as in names.items():
+        print(f"  {architecture:{width}}  {known_as}".rstrip())
+    print(f"Weights, the first that is there: {', '.join(WEIGHT_FILES)}")
+    print(f"Quantized checkpoints: {', '.join(STORED_METHODS)}")
+    print(f"Data types: {', '.join(DTYPES)}")
     return 0
 
 

@@ -12,7 +12,7 @@ from jaxllm.models.quantization import awq, compressed_tensors, fp8, gptq, on_lo
 from jaxllm.models.quantization.scheme import Canonical, Layout, Quantization, Scheme
 from jaxllm.models.quantization.settings import Settings
 
-__all__ = ["METHODS", "Canonical", "Layout", "Quantization", "Scheme", "choose", "read_quantization"]
+__all__ = ["METHODS", "STORED_METHODS", "Canonical", "Layout", "Quantization", "Scheme", "choose", "read_quantization"]
 
 _READERS = {
     "gptq": gptq.read,
@@ -20,6 +20,9 @@ _READERS = {
     "fp8": fp8.read,
     "compressed-tensors": compressed_tensors.read,
 }
+
+STORED_METHODS = tuple(_READERS)
+"""The `quant_method`s of checkpoints that can be read."""
 
 METHODS = (*on_load.FORMATS, *(name for name in _READERS if name not in on_load.FORMATS))
 """What a user may ask for: a format to quantize to while loading, or the method that the checkpoint has to have."""

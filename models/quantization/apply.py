@@ -61,8 +61,8 @@ def _parts(
     module: nnx.Module, path: tuple[str, ...], linear: Linear, quantization: Quantization
 ) -> tuple[PackedPart, ...] | None:
     """The checkpoint's layers behind a linear layer; None if they are not quantized."""
-    if linear.axes[0] is None or (linear.axes[0] == "vocab" and not quantization.output_head):
-        return None  # a gate of few outputs, which no method quantizes; or the output head
+    if linear.out_features == 1 or (linear.axes[0] == "vocab" and not quantization.output_head):
+        return None  # a gate, which no method quantizes; or the output head
     names = checkpoint_names(module.weight_names, (*path, "weight"))
     parts = dict(zip(linear.part_names, linear.part_sizes, strict=True))
     if not parts or None in names:  # the checkpoint may have merged them already
