@@ -103,6 +103,7 @@ def test_interpreted(case):
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_reference_of_the_same(case):
     q, paged, options, scales = inputs_of(case)
