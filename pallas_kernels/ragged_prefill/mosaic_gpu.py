@@ -62,10 +62,13 @@ def supported(
         return f"takes queries of bfloat16 or float16, got {q.dtype}"
     if k_pages.dtype not in (q.dtype, jnp.int8, jnp.float8_e4m3fn) or k_pages.dtype != v_pages.dtype:
         return f"takes pages of {q.dtype}, int8 or float8_e4m3fn, got {k_pages.dtype} and {v_pages.dtype}"
-    if H % 16 or H > 256:
-        return f"takes a head dim that is a multiple of 16 up to 256, got {H}"
+    if H % 16 or not 64 <= H <= 256:
+        return f"takes a head dim that is a multiple of 16 from 64 to 256, got {H}"
     if page_size % ALIGN or config.block_kv % page_size:
         return f"takes a page size that is a multiple of {ALIGN} and divides {config.block_kv}, got {page_size}"
+    if k_scales is not None and page_size % 32:
+        # TMA writes to multiples of 128 bytes, and a page's scales lie behind the last one's.
+        return f"takes pages of {k_pages.dtype} of a multiple of 32 tokens, got {page_size}"
     if room(H, k_pages.dtype, config) is None:
         return f"{config} needs more shared memory than there is for head dim {H}"
     if not scale > 0:

@@ -24,7 +24,7 @@ LONG = [(150, 150), (70, 135)]
 CASES = {
     "rows of all kinds": dict(rows=SHORT, N=2, K=1, H=64, page_size=16),
     "several tiles": dict(rows=LONG, N=1, K=1, H=64, page_size=32),
-    "grouped heads, narrow, float16": dict(rows=SHORT, N=6, K=2, H=32, page_size=64, dtype="float16"),
+    "grouped heads, float16": dict(rows=SHORT, N=6, K=2, H=64, page_size=64, dtype="float16"),
     "wide heads": dict(rows=[(20, 90)], N=1, K=1, H=256, page_size=16),
     "few tokens": dict(rows=[(1, 3), (2, 2)], N=1, K=1, H=96, page_size=16, before=0, after=0),
     "head dim 80": dict(rows=SHORT, N=2, K=1, H=80, page_size=16),
@@ -33,11 +33,11 @@ CASES = {
     "soft cap": dict(rows=SHORT, N=2, K=1, H=64, page_size=16, soft_cap=2.0),
     "ALiBi": dict(rows=SHORT, N=8, K=2, H=64, page_size=16, alibi=True, blocks=2),
     "all at once": dict(
-        rows=[(9, 100), (3, 5)], N=4, K=2, H=64, page_size=16, alibi=True, soft_cap=3.0, window=50, kv_dtype="int8"
+        rows=[(9, 100), (3, 5)], N=4, K=2, H=64, page_size=32, alibi=True, soft_cap=3.0, window=50, kv_dtype="int8"
     ),
-    "int8": dict(rows=SHORT, N=2, K=1, H=64, page_size=16, kv_dtype="int8", blocks=2),
+    "int8": dict(rows=SHORT, N=2, K=1, H=64, page_size=32, kv_dtype="int8", blocks=2),
     "fp8, head dim 80": dict(rows=SHORT, N=2, K=1, H=80, page_size=32, kv_dtype="float8_e4m3fn"),
-    "int8, little room": dict(rows=SHORT, N=1, K=1, H=256, page_size=16, kv_dtype="int8"),
+    "int8, little room": dict(rows=SHORT, N=1, K=1, H=256, page_size=32, kv_dtype="int8"),
     "no rows in use": dict(rows=[(0, 0), (0, 0)], N=1, K=1, H=64, page_size=16),
     "many jobs a block": dict(rows=SHORT, N=3, K=1, H=64, page_size=16, blocks=2),
     "many jobs, little room": dict(rows=SHORT, N=2, K=1, H=256, page_size=32, blocks=3),
@@ -100,7 +100,7 @@ ON_GPU = CASES | {
     "head dim 128, window": dict(rows=[*LONG, (129, 700)], N=8, K=2, H=128, page_size=16, window=200),
     "head dim 128, soft cap": dict(rows=LONG, N=8, K=2, H=128, page_size=32, soft_cap=20.0),
     "head dim 128, ALiBi": dict(rows=LONG, N=8, K=2, H=128, page_size=64, alibi=True),
-    "head dim 128, int8": dict(rows=[*LONG, (129, 700)], N=8, K=2, H=128, page_size=16, kv_dtype="int8"),
+    "head dim 128, int8": dict(rows=[*LONG, (129, 700)], N=8, K=2, H=128, page_size=32, kv_dtype="int8"),
     "head dim 128, fp8": dict(rows=LONG, N=8, K=2, H=128, page_size=64, kv_dtype="float8_e4m3fn"),
 }
 
@@ -121,7 +121,7 @@ FEATURES = {
     "window": dict(window=1000),
     "soft cap": dict(soft_cap=30.0),
     "ALiBi": dict(alibi=True),
-    "int8": dict(kv_dtype="int8"),
+    "int8": dict(kv_dtype="int8", page_size=32),
     "fp8": dict(kv_dtype="float8_e4m3fn", page_size=64),
 }
 
@@ -232,10 +232,11 @@ def test_every_token_is_in_one_tile(size, heavy_first):
     [
         (dict(), None),
         (dict(dtype="float32"), "bfloat16 or float16"),
-        (dict(kv_dtype="int8"), None),
+        (dict(kv_dtype="int8", page_size=32), None),
+        (dict(kv_dtype="int8"), "pages of int8 of a multiple of 32 tokens, got 16"),
         (dict(kv_dtype="int8", H=256, page_size=64), None),
         (dict(kv_dtype="float16"), "pages of bfloat16, int8 or float8_e4m3fn, got float16"),
-        (dict(H=40), "head dim that is a multiple of 16 up to 256, got 40"),
+        (dict(H=40), "head dim that is a multiple of 16 from 64 to 256, got 40"),
         (dict(page_size=4), "page size that is a multiple of 8 and divides 128, got 4"),
         (dict(scale=-1.0), "a positive scale"),
         (dict(config=kernel.Config(block_kv=128, stages=4)), "shared memory"),
@@ -245,7 +246,9 @@ def test_supported(change, reason):
     case = dict(H=128, page_size=16, dtype="bfloat16", scale=0.1, config=None) | change
     q = jax.ShapeDtypeStruct((8, 4, case["H"]), case["dtype"])
     pages = jax.ShapeDtypeStruct((3, 2, case["page_size"], case["H"]), case.get("kv_dtype", case["dtype"]))
+    scales = jax.ShapeDtypeStruct(pages.shape[:3], "float32") if pages.dtype.itemsize == 1 else None
     said = kernel.supported(
-        q, pages, pages, None, None, None, scale=case["scale"], config=case["config"], interpret=True
-    )
+        q, pages, pages, None, None, None, scale=case["scale"], config=case["config"], interpret=True,
+        k_scales=scales, v_scales=scales,
+    )  # fmt: skip
     assert said is None if reason is None else reason in said
