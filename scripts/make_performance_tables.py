@@ -77,13 +77,22 @@ def end_to_end() -> None:
 
 
 def steps() -> None:
-    rows = []
+    """A decode step of one row, by kernels."""
     for path in sorted(RESULTS.glob("profile-h200-*.json")):
         results = json.loads(path.read_text())["results"]
-        for one in results["steps"]:
-            times = [f"{one['ms_per_step']:.2f}", f"{one['ms_to_hand_over']:.2f}"]
-            rows.append([results["config"], one["rows"], *times])
-    table(["decode step", "rows", "ms a step", "of which the host hands over for"], rows)
+        one = results["steps"][0]
+        rows = [
+            [kernel["kernel"], f"{kernel['count']:.0f}", f"{kernel['microseconds']:.0f}"]
+            for kernel in one["kernels"][:8]
+        ]
+        rows.append(
+            [
+                "all kernels",
+                f"{sum(kernel['count'] for kernel in one['kernels']):.0f}",
+                f"{one['ms_of_kernels'] * 1e3:.0f}",
+            ]
+        )
+        table([f"{results['config']}, 1 row", "a step", "µs"], rows)
 
 
 def host() -> None:
