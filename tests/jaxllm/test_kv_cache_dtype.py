@@ -33,8 +33,10 @@ DEEPSEEK = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
     "rope_theta": 10000.0,
-    "first_k_dense_replace": 2,
-    "n_routed_experts": None,
+    "first_k_dense_replace": 2,  # no layer has experts
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 1,
 }
 CONFIGS = {"llama": LLAMA, "gemma2": GEMMA2}
 NUM_TOKENS = 24
@@ -91,8 +93,15 @@ def test_log_probabilities_are_near_those_of_float32(exact, name, least, most):
     assert kv.k.dtype.name == {"fp8": "float8_e4m3fn"}.get(name, name) and (kv.k_scales is None) == ("float" in name)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        pytest.param(LLAMA, "int8", id="llama-int8"),
+        pytest.param(LLAMA, "fp8", id="llama-fp8", marks=pytest.mark.slow),
+        pytest.param(GEMMA2, "int8", id="gemma2-int8", marks=pytest.mark.slow),
+        pytest.param(GEMMA2, "fp8", id="gemma2-fp8"),
+    ],
+)
 def test_an_answer_depends_on_its_prompt_alone(config, name):
     """Alone, together, in chunks, from cached prefixes, and computed again after preemption."""
     llm = make_llm(config, kv_cache_dtype=name)
@@ -106,7 +115,7 @@ def test_an_answer_depends_on_its_prompt_alone(config, name):
     small.llm_engine.scheduler.check()
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_default_model_says_nearly_the_same(default_llm, name):
     texts = ["Once upon a time", "The sea was", "“My dear,” said"]
     fields = dict(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64, num_gpu_blocks_override=32)
