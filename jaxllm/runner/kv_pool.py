@@ -1,4 +1,4 @@
-"""What KV pages are made of, and how many there are: from the device's memory on a GPU, from a plain budget on a CPU."""
+"""What KV pages are made of; and how many there are, by the device's memory on a GPU, by a plain budget on a CPU."""
 
 import logging
 

@@ -32,7 +32,8 @@ def paged_attention(
 ) -> tuple[jax.Array, LayerKV]:
     """Write k, v [T, K, H] to their pages, then attend q [T, N, H] to each row's KV, causally -> ([T, N, H], kv).
 
-    Keys and values are rounded to the pages' dtype, and a token meets its own as they are in the pages. `window`, `soft_cap` and `alibi_slopes` f32[N] are the kernels' (see paged_decode). Padding tokens give zeros.
+    Keys and values are rounded to the pages' dtype, and a token meets its own as they are in the pages. `window`,
+    `soft_cap` and `alibi_slopes` f32[N] are the kernels' (see paged_decode). Padding tokens give zeros.
     """
     kv = _written(kv, k, v, batch.slots)
     attend = dict(

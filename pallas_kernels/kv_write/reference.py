@@ -1,5 +1,6 @@
-"""kv_write as a scatter. XLA does it in place on donated pages (but on a CPU not those of 16-bit or 8-bit floats, which it
-scatters there in a wider copy of all pages).
+"""kv_write as a scatter. XLA does it in place on donated pages.
+
+On a CPU it does so for float32 and int8 alone, and copies all pages to a wider dtype and back for smaller floats.
 
 It must be told that no slot occurs twice: else a GPU writes each 16-bit value by a compare-and-swap loop.
 """
