@@ -147,9 +147,10 @@ def test_latent_pages_hold_floats(name):
 
 
 def test_latent_pages_of_other_floats():
-    answers = [tokens_of(generate(make_llm(DEEPSEEK, kv_cache_dtype=name), PROMPTS)) for name in ("auto", "float16")]
-    same = np.mean([np.cumprod(np.equal(a, b)).sum() for a, b in zip(*answers, strict=True)])
-    assert same > NUM_TOKENS / 2
+    exact, rounded = (
+        tokens_of(generate(make_llm(DEEPSEEK, kv_cache_dtype=name), PROMPTS[-1:]))[0] for name in ("auto", "float16")
+    )
+    assert np.cumprod(np.equal(exact, rounded)).sum() > NUM_TOKENS / 2
 
 
 def test_each_dtype_has_programs_of_its_own(monkeypatch):
