@@ -58,7 +58,6 @@ GEMMA2 = LLAMA | {
     "rope_theta": 10000.0,
 }
 NUM_TOKENS = 32
-NEAR_TIE = 0.15  # of log probabilities: what sums of bfloat16 products in another order may move the two likeliest by
 LENGTHS = (1, 3, 15, 16, 17, 64, 150, 230)
 MIXED = [np.random.default_rng(length).integers(0, 512, length).tolist() for length in LENGTHS]
 
@@ -88,8 +87,9 @@ def kernels_of(llm) -> int:
     return runner.executables[runner.ladder.mixed[-1]].as_text().count("mosaic_gpu")
 
 
-def check_same_tokens(ours, reference):
-    """Greedy answers are equal up to near-ties. Behind one, both go on from the reference's text."""
+def check_same_tokens(ours, reference, near_tie):
+    """Greedy answers are equal but where the two likeliest log probabilities differ by less than `near_tie`. Behind such
+    a place, both go on from the reference's text."""
     texts, left = [list(prompt) for prompt in MIXED], [NUM_TOKENS] * len(MIXED)
     ties = 0
     while any(left):
@@ -104,7 +104,7 @@ def check_same_tokens(ours, reference):
             if alike < left[i]:
                 likeliest = theirs.logprobs[alike]
                 gap = likeliest[theirs.token_ids[alike]].logprob - min(one.logprob for one in likeliest.values())
-                assert gap < NEAR_TIE, f"prompt {i}, token {len(texts[i])}: {mine.token_ids[alike]}, and {likeliest}"
+                assert gap < near_tie, f"prompt {i}, token {len(texts[i])}: {mine.token_ids[alike]}, and {likeliest}"
                 assert mine.token_ids[alike] in likeliest
                 ties, alike = ties + 1, alike + 1
             texts[i] += theirs.token_ids[:alike]
@@ -112,18 +112,20 @@ def check_same_tokens(ours, reference):
     assert ties < len(MIXED) * NUM_TOKENS / 5  # or the bound would say little
 
 
+# With the largest gap of a near-tie. Twice what the whole forward pass in bfloat16 moves it by, against float32; a code
+# of 8 bits that is rounded the other way moves it more.
 CASES = {
-    "plain": (LLAMA, {}),
-    "fp8 KV": (LLAMA, {"kv_cache_dtype": "fp8"}),
-    "int8 KV": (LLAMA, {"kv_cache_dtype": "int8"}),
-    "window and soft caps": (GEMMA2, {}),
-    "int4 weights": (LLAMA, {"quantization": "int4"}),
+    "plain": (LLAMA, {}, 0.1),
+    "fp8 KV": (LLAMA, {"kv_cache_dtype": "fp8"}, 0.5),
+    "int8 KV": (LLAMA, {"kv_cache_dtype": "int8"}, 0.2),
+    "window and soft caps": (GEMMA2, {}, 0.1),
+    "int4 weights": (LLAMA, {"quantization": "int4"}, 0.1),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_greedy_tokens_are_those_of_the_references(case, llms):
-    config, fields = case
+    config, fields, near_tie = case
     ours, reference = llms(config, **fields)
     assert kernels_of(ours) > 0 == kernels_of(reference)
-    check_same_tokens(ours, reference)
+    check_same_tokens(ours, reference, near_tie)
