@@ -88,8 +88,8 @@ def kernels_of(llm) -> int:
 
 
 def check_same_tokens(ours, reference, near_tie):
-    """Greedy answers are equal but where the two likeliest log probabilities differ by less than `near_tie`. Behind such
-    a place, both go on from the reference's text."""
+    """Greedy answers are equal but where the two likeliest log probabilities differ by less than `near_tie`. Behind
+    such a place, both go on from the reference's text."""
     texts, left = [list(prompt) for prompt in MIXED], [NUM_TOKENS] * len(MIXED)
     ties = 0
     while any(left):
