@@ -10,6 +10,7 @@ from typing import Any
 from jaxllm.validation import check_known
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "vllm")
 QUANTIZATIONS = ("int8", "fp8", "int4", "gptq", "awq", "compressed-tensors")
@@ -39,7 +40,10 @@ class EngineConfig:
     generation_config: str = option(
         "auto", "auto: sampling defaults from generation_config.json; vllm: none from there", GENERATION_CONFIGS
     )
-    dtype: str = option("auto", "of weights and KV; auto: the checkpoint's on a GPU, float32 on a CPU", DTYPES)
+    dtype: str = option("auto", "of weights and activations; auto: the checkpoint's on a GPU, float32 on a CPU", DTYPES)
+    kv_cache_dtype: str = option(
+        "auto", "of KV pages; auto: dtype; fp8 (fp8_e4m3) and int8: with a scale a token and head", KV_CACHE_DTYPES
+    )
     quantization: str | None = option(
         None,
         "int8, fp8, int4: round the weights to it while loading; gptq, awq, fp8, compressed-tensors: require a "
@@ -53,7 +57,7 @@ class EngineConfig:
     gpu_memory_utilization: float = option(0.92, "fraction of the GPU's memory that the engine takes")
     kv_cache_memory_bytes: int | None = option(None, "bytes for KV pages, instead of measuring what is free")
     num_gpu_blocks_override: int | None = option(None, "number of KV pages, instead of measuring")
-    block_size: int = option(16, "tokens a KV page")
+    block_size: int | None = option(None, "tokens a KV page; none: 16, or 32 where KV is of 8 bits")
     enable_prefix_caching: bool = option(True, "reuse the KV of prompt beginnings seen before")
     max_num_seqs: int | None = option(None, "most sequences in one step")
     max_num_batched_tokens: int | None = option(None, "most tokens in one step")
@@ -104,6 +108,11 @@ class EngineConfig:
         check_known(fields, (one.name for one in dataclasses.fields(cls)), "EngineConfig")
         return cls(**fields)
 
+    @property
+    def page_size(self) -> int:
+        """block_size, or what it is by default: the fewest tokens that the Hopper kernels take of such KV."""
+        return self.block_size or (32 if self.kv_cache_dtype in ("fp8", "fp8_e4m3", "int8") else 16)
+
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
         optional = type(self).__dataclass_fields__[name].default is None
@@ -148,6 +157,7 @@ def resolve(config: EngineConfig, *, max_positions: int, device_bytes: int | Non
         tokens = max(tokens, max_model_len)
     return dataclasses.replace(
         config,
+        block_size=config.page_size,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs or min(seqs, tokens),
         max_num_batched_tokens=tokens,

@@ -76,7 +76,7 @@ def inspect(config: EngineConfig) -> Inspection:
     if checkpoint.folder is not None:
         check_checkpoint(network, checkpoint.folder, None if config.lora is None else Adapter(config.lora))
     weight_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in network.specs.values())
-    page_bytes = kv_pool.page_bytes(network, config.block_size, network.dtype)
+    page_bytes = kv_pool.page_bytes(network, config.page_size, kv_pool.kv_dtype(network, config.kv_cache_dtype))
     memory = kv_pool.device_memory(device)
     budget = kv_pool.CPU_KV_BYTES if memory is None else memory[0] - memory[0] // 64 - weight_bytes
     return Inspection(
@@ -85,11 +85,11 @@ def inspect(config: EngineConfig) -> Inspection:
         dtype=network.dtype.name,
         quantization=_describe(network),
         weight_bytes=weight_bytes,
-        kv_bytes_per_token=page_bytes // config.block_size,
+        kv_bytes_per_token=page_bytes // config.page_size,
         max_model_len=config.max_model_len or model_config.max_model_len,
         device=device.device_kind,
         device_bytes=None if memory is None else memory[0],
-        kv_tokens=kv_pool.pages_in(budget, page_bytes) * config.block_size,
+        kv_tokens=kv_pool.pages_in(budget, page_bytes) * config.page_size,
     )
 
 

@@ -71,7 +71,7 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     import jax
 
     from jaxllm.models.registry import build, quantized, read_config
-    from jaxllm.runner.kv_pool import device_memory
+    from jaxllm.runner.kv_pool import device_memory, kv_dtype
     from jaxllm.runner.model_runner import ModelRunner
 
     checkpoint = open_checkpoint(config)
@@ -81,6 +81,7 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     adapter = _read_adapter(config, checkpoint, params)
     device = jax.devices()[0]
     network = build(model_config, network_dtype(config.dtype, model_config.dtype, device.platform))
+    kv_dtype(network, config.kv_cache_dtype)  # one that the network cannot have is refused before weights are read
     memory = device_memory(device)
     resolved = resolve(
         config,

@@ -50,10 +50,15 @@ class StepBatch:
 
 
 class LayerKV(NamedTuple):
-    """The KV pages of one layer. In latent attention (see layers/mla.py), one array holds a token's keys and values."""
+    """The KV pages of one layer. In latent attention (see layers/mla.py), one array holds a token's keys and values.
+
+    Pages of 8 bits (int8, float8_e4m3fn) hold codes, and the scales are what a token's codes are multiplied with.
+    """
 
     k: jax.Array  # [P, K, page_size, H]; latent: [P, page_size, C + R]
     v: jax.Array | None  # [P, K, page_size, H]; latent: None
+    k_scales: jax.Array | None = None  # f32[P, K, page_size]; None where the pages hold floats of 16 bits or more
+    v_scales: jax.Array | None = None
 
 
 KVPages = tuple[LayerKV, ...]

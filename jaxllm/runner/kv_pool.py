@@ -1,13 +1,14 @@
-"""How many KV pages there are: from the device's memory on a GPU, from a plain budget on a CPU."""
+"""What KV pages are made of; and how many there are, by the device's memory on a GPU, by a plain budget on a CPU."""
 
 import logging
-import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.models.interface import Network
+from jaxllm.models.interface import KVPages, LayerKV, Network
 
+# EngineConfig.kv_cache_dtype, where its name is not the dtype's
+_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 CPU_KV_BYTES = 512 * 2**20  # the default budget where memory is not the scarce thing
 
 logger = logging.getLogger(__name__)
@@ -17,10 +18,35 @@ class OutOfMemory(RuntimeError):
     """The KV cache that the configuration asks for does not fit; says by how much."""
 
 
+def kv_dtype(network: Network, name: str) -> jnp.dtype:
+    """The dtype of KV pages that `name`, EngineConfig.kv_cache_dtype, stands for; "auto" is the network's own.
+
+    Raises ValueError where the network cannot have it.
+    """
+    dtype = network.dtype if name == "auto" else jnp.dtype(_DTYPES.get(name, name))
+    if dtype.itemsize == 1 and any(v is None for _, v in network.kv_shapes(1, 1)):
+        raise ValueError(
+            f"kv_cache_dtype must be auto, float32, bfloat16 or float16 for {network.config.architecture}, whose pages "
+            f"hold the latents of its attention, got {name!r}"
+        )
+    return dtype
+
+
+def abstract_pages(network: Network, num_pages: int, page_size: int, dtype: jnp.dtype) -> KVPages:
+    """All layers' pages as `jax.ShapeDtypeStruct`s; those of 8 bits with their scales."""
+
+    def layer(*shapes: tuple[int, ...] | None) -> LayerKV:
+        pages = [shape and jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        if jnp.dtype(dtype).itemsize > 1:
+            return LayerKV(*pages)
+        return LayerKV(*pages, *(jax.ShapeDtypeStruct(shape[:-1], jnp.float32) for shape in shapes))
+
+    return tuple(layer(*shapes) for shapes in network.kv_shapes(num_pages, page_size))
+
+
 def page_bytes(network: Network, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one page, over all layers, K and V."""
-    shapes = network.kv_shapes(1, page_size)
-    return sum(math.prod(shape) for pair in shapes for shape in pair if shape is not None) * jnp.dtype(dtype).itemsize
+    """Bytes of one page, over all layers, K and V, scales included."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_pages(network, 1, page_size, dtype)))
 
 
 def pages_in(budget: int, bytes_a_page: int) -> int:

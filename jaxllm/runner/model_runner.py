@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import EngineConfig
-from jaxllm.models.interface import KVPages, LayerKV, Network, Params
+from jaxllm.models.interface import KVPages, Network, Params
 from jaxllm.runner import kv_pool
 from jaxllm.runner.executables import Executables, use_persistent_cache
 from jaxllm.runner.host_sampling import ControlProgram, HostSampling
@@ -108,7 +108,7 @@ class ModelRunner:
         self._prompt_scores: PromptScores | None = None  # of the plan that is being submitted, as is the next
         self._failed: list[Request] = []
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
-        self._kv_dtype = network.dtype
+        self._kv_dtype = kv_pool.kv_dtype(network, config.kv_cache_dtype)
         self._page_bytes = kv_pool.page_bytes(network, config.block_size, self._kv_dtype)
         self.num_pages = self._count_pages()
         if shrink_model_len:
@@ -223,11 +223,8 @@ class ModelRunner:
 
     def _abstract_state(self, num_pages: int) -> tuple[KVPages, DeviceState]:
         """What a step is given and returns, as shapes."""
-        seqs, kv_shapes = self.config.max_num_seqs, self.network.kv_shapes(num_pages, self.config.block_size)
-        kv = tuple(
-            LayerKV(*(None if shape is None else jax.ShapeDtypeStruct(shape, self._kv_dtype) for shape in pair))
-            for pair in kv_shapes
-        )
+        seqs = self.config.max_num_seqs
+        kv = kv_pool.abstract_pages(self.network, num_pages, self.config.block_size, self._kv_dtype)
         table = jax.ShapeDtypeStruct((seqs, self.max_pages), jnp.int32)
         return kv, DeviceState(table, jax.ShapeDtypeStruct((seqs,), jnp.int32))
 

@@ -13,7 +13,7 @@ from jaxllm.models.interface import LayerKV, StepBatch
 from jaxllm.models.layers.linear import Linear
 from jaxllm.models.layers.param import Initializer
 from jaxllm.models.layers.rope import rotate
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.kv_write import kv_write, kv_write_quantized
 from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.ragged_prefill import ragged_prefill
 
@@ -32,18 +32,27 @@ def paged_attention(
 ) -> tuple[jax.Array, LayerKV]:
     """Write k, v [T, K, H] to their pages, then attend q [T, N, H] to each row's KV, causally -> ([T, N, H], kv).
 
-    `window`, `soft_cap` and `alibi_slopes` f32[N] are the kernels' (see paged_decode). Padding tokens give zeros.
+    Keys and values are rounded to the pages' dtype, and a token meets its own as they are in the pages. `window`,
+    `soft_cap` and `alibi_slopes` f32[N] are the kernels' (see paged_decode). Padding tokens give zeros.
     """
-    attend = dict(scale=scale, window=window, soft_cap=soft_cap, alibi_slopes=alibi_slopes)
-    k_pages, v_pages = kv_write(kv.k, kv.v, k.astype(kv.k.dtype), v.astype(kv.v.dtype), batch.slots)
-    kv = LayerKV(k_pages, v_pages)
+    kv = _written(kv, k, v, batch.slots)
+    attend = dict(
+        scale=scale, window=window, soft_cap=soft_cap, alibi_slopes=alibi_slopes,
+        k_scales=kv.k_scales, v_scales=kv.v_scales,
+    )  # fmt: skip
     out = by_phase(
         q,
         batch,
-        decode=lambda q, *rows: paged_decode(q, *kv, *rows, **attend),
-        prefill=lambda q, *rows: ragged_prefill(q, *kv, *rows, **attend),
+        decode=lambda q, *rows: paged_decode(q, kv.k, kv.v, *rows, **attend),
+        prefill=lambda q, *rows: ragged_prefill(q, kv.k, kv.v, *rows, **attend),
     )
     return out, kv
+
+
+def _written(kv: LayerKV, k: jax.Array, v: jax.Array, slots: jax.Array) -> LayerKV:
+    if kv.k_scales is not None:
+        return LayerKV(*kv_write_quantized(*kv, k, v, slots))
+    return LayerKV(*kv_write(kv.k, kv.v, k.astype(kv.k.dtype), v.astype(kv.v.dtype), slots))
 
 
 def by_phase(

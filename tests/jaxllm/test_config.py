@@ -14,7 +14,8 @@ from jaxllm.config import EngineConfig, resolve
         ("load_format", "gguf"),
         ("generation_config", "mine"),
         ("block_size", 0),
-        ("block_size", None),
+        ("kv_cache_dtype", "fp8_e5m2"),
+        ("kv_cache_dtype", None),
         ("max_num_seqs", -1),
         ("max_model_len", 1.5),
         ("gpu_memory_utilization", 0.0),
@@ -41,6 +42,9 @@ def test_every_field_explains_itself():
 def test_resolve():
     cpu = resolve(EngineConfig(), max_positions=2048, device_bytes=None)
     assert (cpu.max_model_len, cpu.max_num_seqs, cpu.max_num_batched_tokens) == (2048, 64, 1024)
+    assert cpu.block_size == 16
+    of_8_bits = resolve(EngineConfig(kv_cache_dtype="fp8"), max_positions=2048, device_bytes=None)
+    assert of_8_bits.block_size == 32
     big = resolve(EngineConfig(max_model_len=4096), max_positions=8192, device_bytes=141 * 10**9)
     assert (big.max_model_len, big.max_num_seqs, big.max_num_batched_tokens) == (4096, 1024, 16384)
     small = resolve(EngineConfig(), max_positions=8192, device_bytes=24 * 10**9)

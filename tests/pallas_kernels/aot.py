@@ -28,12 +28,12 @@ def _mesh():
     return topologies.make_mesh(topology, (1,), ("d",))
 
 
-def compile_for_h200(function, *args) -> jax.stages.Compiled:
-    """`function` of arguments of shapes and dtypes like these, compiled."""
+def compile_for_h200(function, *args, **jit_options) -> jax.stages.Compiled:
+    """`function` of arguments of shapes and dtypes like these, compiled; `jit_options` are jax.jit's."""
     sharding = jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(_mesh().abstract_mesh):
-        return jax.jit(function).lower(*args).compile()
+        return jax.jit(function, **jit_options).lower(*args).compile()
 
 
 def registers_and_spills(ptxas_output: str) -> list[tuple[int, int]]:
