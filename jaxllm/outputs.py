@@ -50,6 +50,34 @@ class CompletionOutput:
 
 
 @dataclass
+class BeamSearchSequence:
+    """One answer of LLM.beam_search.
+
+    Attributes:
+      tokens: the prompt's tokens and the answer's.
+      logprobs: per token of the answer, {token id: Logprob}: the likeliest ones of its beam at that step.
+      cum_logprob: the sum over the answer's tokens.
+      text: the text of `tokens`; None without a tokenizer.
+      finish_reason, stop_reason: as in CompletionOutput.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    lora_request: None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """A prompt's answers, the one with the highest score first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass
 class RequestMetrics:
     """Times in seconds on the engine's monotonic clock; None for what has not happened."""
 
