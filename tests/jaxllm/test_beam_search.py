@@ -16,16 +16,17 @@ STOP = 0
 
 
 def chain(size, seed):
-    """Log probabilities [token before, token] of a Markov chain; row 0 also begins it."""
-    logits = np.random.default_rng(seed).normal(size=(size, size))
+    """Log probabilities [position, token before, token] of a Markov chain; token 0 is before the first."""
+    logits = np.random.default_rng(seed).normal(size=(12, size, size))
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def search(logprobs, width, max_tokens, **fields):
+def search(logprobs, width, max_tokens, is_over=None, **fields):
     """Beams are tuples of tokens; STOP ends one."""
     beams = BeamSearch((), width, max_tokens, **fields)
+    beams._is_over = is_over or beams._is_over
     while not beams.done:
-        rows = [logprobs[beam.item[-1] if beam.item else 0] for beam in beams.running]
+        rows = [logprobs[len(beam.item), beam.item[-1] if beam.item else 0] for beam in beams.running]
         count = num_candidates(width, 1)
         candidates = [[(int(token), row[token]) for token in np.argsort(-row)[:count]] for row in rows]
         beams.extend(candidates, lambda beam, token: ((*beam, token), token == STOP))
@@ -36,9 +37,10 @@ def all_answers(logprobs, max_tokens, length_penalty):
     """[(score, tokens)] of every answer that there is, best first."""
     found = []
     for length in range(1, max_tokens + 1):
-        for tokens in itertools.product(range(len(logprobs)), repeat=length):
+        for tokens in itertools.product(range(logprobs.shape[-1]), repeat=length):
             if STOP not in tokens[:-1] and (tokens[-1] == STOP or length == max_tokens):
-                total = sum(logprobs[before, token] for before, token in zip((0, *tokens), tokens, strict=False))
+                steps = zip(range(length), (0, *tokens), tokens, strict=False)
+                total = sum(logprobs[step] for step in steps)
                 found.append((total / length**length_penalty, tokens))
     return sorted(found, reverse=True)
 
@@ -55,15 +57,10 @@ def test_a_search_wide_enough_finds_the_best_answers(length_penalty):
 
 def test_never_misses_nothing_that_going_on_would_find():
     for seed, width in itertools.product(range(20), (2, 3)):
-        logprobs = chain(6, seed)
-        stopped = search(logprobs, width, 9, length_penalty=1.5, early_stopping="never")
-        beams = BeamSearch((), width, 9, length_penalty=1.5, early_stopping="never")
-        beams._is_over = lambda: False
-        while not beams.done:
-            rows = [logprobs[beam.item[-1] if beam.item else 0] for beam in beams.running]
-            beams.extend([list(enumerate(row)) for row in rows], lambda beam, token: ((*beam, token), token == STOP))
-        assert beams.length >= stopped.length
-        assert beams.finished == stopped.finished
+        how = dict(length_penalty=1.5, early_stopping="never")
+        stopped = search(chain(6, seed), width, 9, **how)
+        to_the_end = search(chain(6, seed), width, 9, **how, is_over=lambda: False)
+        assert to_the_end.length >= stopped.length and to_the_end.finished == stopped.finished
 
 
 def test_early_stopping_ends_as_soon_as_it_may():
@@ -102,7 +99,7 @@ def test_candidates_outnumber_stop_tokens(width, stops, expected):
 
 @pytest.fixture(scope="module")
 def llm():
-    return make_sum_llm(block_size=4, num_gpu_blocks_override=96)
+    return make_sum_llm(block_size=4, num_gpu_blocks_override=96, enforce_eager=True)
 
 
 def beam_params(width, max_tokens=9, **fields):
@@ -130,15 +127,14 @@ def test_the_best_beam_of_a_certain_model_is_its_greedy_answer(llm):
 @pytest.mark.parametrize("ahead", [True, False])
 def test_beside_other_requests_and_without_memory(ahead):
     """Beams and ordinary requests that preempt one another give what each gives alone; no page is left behind."""
-    roomy = make_sum_llm(block_size=4, num_gpu_blocks_override=96, async_scheduling=ahead)
-    prompts = [PROMPT, [3] * 9, [5, 6, 7], PROMPT[:13], [1]]
-    params = [beam_params(4), SamplingParams(temperature=0, max_tokens=30), beam_params(3, n=1), beam_params(5)]
-    params.append(SamplingParams(temperature=1, seed=3, max_tokens=30))
+    settings = dict(block_size=4, async_scheduling=ahead, enforce_eager=True)
+    roomy = make_sum_llm(num_gpu_blocks_override=96, **settings)
+    prompts = [[3] * 9, [1], PROMPT, [5, 6, 7], PROMPT[:13]]
+    params = [SamplingParams(temperature=0, max_tokens=30), SamplingParams(temperature=1, seed=3, max_tokens=30)]
+    params += [beam_params(4), beam_params(3, n=1), beam_params(5)]
     alone = [roomy.generate(one, how, use_tqdm=False)[0] for one, how in zip(prompts, params, strict=True)]
-    assert tokens_of(alone[1]) == [continuation([3] * 9, 30)]
-    tight = make_sum_llm(
-        block_size=4, num_gpu_blocks_override=14, max_model_len=50, max_num_seqs=4, async_scheduling=ahead
-    )
+    assert tokens_of(alone[0]) == [continuation([3] * 9, 30)]
+    tight = make_sum_llm(num_gpu_blocks_override=14, max_model_len=50, max_num_seqs=4, **settings)
     for engine in (roomy, tight):
         together = engine.generate(prompts, params, use_tqdm=False)
         assert [tokens_of(output) for output in together] == [tokens_of(output) for output in alone]
