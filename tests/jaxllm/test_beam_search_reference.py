@@ -94,7 +94,9 @@ def check(model, llm, stops, width, length_penalty, early_stopping, ours=None, t
 
 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
-@pytest.mark.parametrize("width", [2, 3, 5, 8])
+@pytest.mark.parametrize(
+    "width", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 8]
+)
 def test_equal_to_transformers(model, llm, stops, width, early_stopping):
     lengths = set()
     for length_penalty in (0.0, 0.6, 1.0, 2.0):
