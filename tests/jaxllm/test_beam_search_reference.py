@@ -104,11 +104,11 @@ def test_equal_to_transformers(model, llm, stops, width, early_stopping):
     assert len(lengths) > 1  # some ended early
 
 
-def test_bias_and_min_tokens_as_transformers_has_them(model, llm, stops):
-    check(model, llm, stops, 4, 1.0, False, dict(min_tokens=6), dict(min_new_tokens=6))
+def test_masks_as_transformers_has_them(model, llm, stops):
+    """transformers masks after the softmax, and adds up to one again only if told to."""
+    renormalized = dict(renormalize_logits=True)
+    check(model, llm, stops, 4, 1.0, False, dict(min_tokens=6), dict(min_new_tokens=6) | renormalized)
     banned = [token for token in range(96) if token % 7 == 0 and token not in stops]
     allowed = [token for token in range(96) if token not in banned]
-    ours = dict(allowed_token_ids=allowed)
-    # transformers masks after the softmax and renormalizes only if told to.
-    theirs = dict(suppress_tokens=banned, renormalize_logits=True)
-    check(model, llm, stops, 4, 1.0, False, ours, theirs)
+    theirs = dict(suppress_tokens=banned) | renormalized
+    check(model, llm, stops, 4, 1.0, False, dict(allowed_token_ids=allowed), theirs)
