@@ -11,8 +11,8 @@ class Logprob:
     """The log probability (natural logarithm) of one token.
 
     Attributes:
-      logprob: under the model's own distribution, before temperature and filters; of a beam search, after bias, penalties
-        and masks.
+      logprob: under the model's own distribution, before temperature and filters; of a beam search, after bias,
+        penalties and masks.
       rank: 1 for the likeliest token of the vocabulary; None for one that was asked for by its id.
       decoded_token: the token's text; None without a tokenizer.
     """
