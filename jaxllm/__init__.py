@@ -15,14 +15,24 @@ if TYPE_CHECKING:
     from jaxllm.engine import LLMEngine
     from jaxllm.llm import LLM, generate
     from jaxllm.models.registry import register_model
-    from jaxllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from jaxllm.sampling_params import SamplingParams
+    from jaxllm.outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
+        CompletionOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+    )
+    from jaxllm.sampling_params import BeamSearchParams, SamplingParams
     from jaxllm.scheduling import Policy
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "LLM": "jaxllm.llm",
+    "BeamSearchOutput": "jaxllm.outputs",
+    "BeamSearchParams": "jaxllm.sampling_params",
+    "BeamSearchSequence": "jaxllm.outputs",
     "CompletionOutput": "jaxllm.outputs",
     "EngineConfig": "jaxllm.config",
     "LLMEngine": "jaxllm.engine",
@@ -37,6 +47,9 @@ _MODULE_OF = {
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EngineConfig",
     "LLMEngine",

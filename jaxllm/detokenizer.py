@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ _REPLACEMENT = "\ufffd"
 class TextStream(Protocol):
     def add(self, token_id: int) -> str:
         """The text that this token completes: "" while a character is still incomplete."""
+        ...
+
+    def fork(self) -> TextStream:
+        """A stream of its own that goes on from here."""
         ...
 
 
@@ -102,6 +107,12 @@ class ByteStream:
             return text.removeprefix(" ")
         return text
 
+    def fork(self) -> ByteStream:
+        other = copy.copy(self)
+        other._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        other._decoder.setstate(self._decoder.getstate())
+        return other
+
 
 class WindowStream:
     """For any other tokenizer: decodes a short window twice a token and takes the difference.
@@ -125,6 +136,11 @@ class WindowStream:
         piece = self._take(token_id)
         after, self._after_joined = self._after_joined, token_id in self._joined
         return self._joined[token_id] if after and self._after_joined else piece
+
+    def fork(self) -> WindowStream:
+        other = copy.copy(self)
+        other._window = list(self._window)
+        return other
 
     def _take(self, token_id: int) -> str:
         self._window.append(token_id)

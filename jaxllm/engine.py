@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.beam_group import BeamGroup, BeamSequence, check_beam_search
 from jaxllm.config import EngineConfig
 from jaxllm.logprobs import PromptLogprobs
 from jaxllm.outputs import RequestMetrics, RequestOutput
@@ -121,8 +122,8 @@ class LLMEngine:
             max_steps=1 if config.max_logprobs == WHOLE_VOCABULARY else config.num_scheduler_steps,
         )
         self._specs = SamplingSpecs(config, runner.network.config.vocab_size, tokenizer)
-        self._groups: dict[str, _Group] = {}
-        self._of_request: dict[str, tuple[_Group, Sequence]] = {}
+        self._groups: dict[str, _Group | BeamGroup] = {}
+        self._of_request: dict[str, tuple[_Group | BeamGroup, Sequence]] = {}
         self._num_watched = 0  # sequences that need a look after every step
         self._counter = itertools.count()
 
@@ -146,6 +147,9 @@ class LLMEngine:
         params = SamplingParams.of(params)
         text, ids = self._tokens_of(prompt)
         ids = self._truncated(ids, params)
+        if params.use_beam_search:
+            vocab_size = self.runner.network.config.vocab_size
+            check_beam_search(params, len(self._stop_ids(params)), vocab_size, self.config.max_logprobs)
         self._specs.check(params)
         self.scheduler.check_fits(len(ids), self._max_new_tokens(len(ids), params))
         return PreparedRequest(text, ids, params)
@@ -174,25 +178,24 @@ class LLMEngine:
             raise ValueError(f"request_id {request_id!r} is already in use")
         ready = prompt if isinstance(prompt, PreparedRequest) else self.prepare(prompt, params)
         arrival = time.monotonic() if arrival_time is None else arrival_time
-        group = self._group(request_id, ready, streaming, arrival)
-        count = ready.params.num_sequences
-        requests = [self._request(ready, f"{request_id}/{i}", i, priority, arrival) for i in range(count)]
-        eos = self.eos_token_ids[0] if self.eos_token_ids else None
-        for i, request in enumerate(requests):
-            self.scheduler.add(request, arrival)
-            sequence = Sequence(request, i, ready.params, self.tokenizer, eos)
-            group.sequences.append(sequence)
-            self._of_request[request.id] = (group, sequence)
-            self._num_watched += self._is_watched(group, sequence)
+        make_group = self._beam_group if ready.params.use_beam_search else self._group
+        group = make_group(request_id, ready, priority, streaming, arrival)
         self._groups[request_id] = group
+        self._queue(group, arrival)
+
+    def _queue(self, group: _Group | BeamGroup, now: float) -> None:
+        """Hands the requests of the group's sequences to the scheduler."""
+        for sequence in group.sequences:
+            self.scheduler.add(sequence.request, now)
+            self._of_request[sequence.request.id] = (group, sequence)
+            self._num_watched += self._is_watched(group, sequence)
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """Ends requests; unknown ids are ignored. They give no further output."""
         for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
             group = self._groups.get(request_id)
             if group is not None:
-                for sequence in group.sequences:
-                    self.scheduler.finish(sequence.request, FinishReason.ABORT, None, time.monotonic())
+                self._end_all(group, FinishReason.ABORT)
                 self._forget(group)
 
     def has_unfinished_requests(self) -> bool:
@@ -222,7 +225,7 @@ class LLMEngine:
             self.step()
 
     def _outputs(self, output: StepOutput, result: RunnerResult) -> list[RequestOutput]:
-        touched: dict[str, _Group] = {}
+        touched: dict[str, _Group | BeamGroup] = {}
         for request, first, logprobs in result.prompt_scores or ():
             if (found := self._of_request.get(request.id)) and found[1].request is request:
                 found[0].prompt_logprobs.take(first, logprobs)
@@ -230,13 +233,33 @@ class LLMEngine:
             for request, tokens, row in zip(output.requests, output.tokens, output.rows.tolist(), strict=True):
                 group, sequence = self._of_request[request.id]
                 self._watch(sequence, tokens, row, result)
-                if group.streaming or group.finished:
+                if isinstance(group, _Group) and (group.streaming or group.finished):
                     touched[group.request_id] = group
-        for request in [*output.finished, *self._end_failed(result)]:
-            group, _ = self._of_request[request.id]
-            if group.finished:
+        ended = [*output.finished, *self._end_failed(result)]
+        for group in {id(group): group for group, _ in (self._of_request[request.id] for request in ended)}.values():
+            advanced = isinstance(group, BeamGroup) and self._advance(group)
+            if group.finished or (advanced and group.streaming):
                 touched[group.request_id] = group
         return [self._hand_out(group) for group in touched.values()]
+
+    def _advance(self, group: BeamGroup) -> bool:
+        """Takes a beam search a token further if all of its beams are there; whether it did."""
+        failed = any(sequence.request.finish_reason is FinishReason.ERROR for sequence in group.sequences)
+        if not failed and not group.step_done:
+            return False
+        self._forget_requests(group)
+        if failed:
+            self._end_all(group, FinishReason.ERROR)
+            group.fail()
+            return True
+        group.advance()
+        if group.finished:
+            return True
+        for sequence in group.sequences:
+            spec = self._specs.make(group.params, group.prompt_token_ids, 1, 0, group.stop_ids)
+            sequence.request.sampling = spec
+        self._queue(group, time.monotonic())
+        return True
 
     def _end_failed(self, result: RunnerResult) -> list[Request]:
         """Ends the requests whose sampling failed on the host: finish_reason "error", and without this token."""
@@ -258,7 +281,7 @@ class LLMEngine:
             else:
                 request.finish_reason = reason  # it also reached its length, or a stop token, just now
 
-    def _hand_out(self, group: _Group) -> RequestOutput:
+    def _hand_out(self, group: _Group | BeamGroup) -> RequestOutput:
         if group.finished:
             group.finished_time = time.monotonic()
             self._forget(group)
@@ -268,20 +291,29 @@ class LLMEngine:
         self._loop.drop_in_flight()
         failed = {self._of_request[request.id][0].request_id for request in self.scheduler.residents.in_order()}
         for request_id in failed:
-            for sequence in self._groups[request_id].sequences:
-                self.scheduler.finish(sequence.request, FinishReason.ERROR, None, time.monotonic())
+            group = self._groups[request_id]
+            self._end_all(group, FinishReason.ERROR)
+            if isinstance(group, BeamGroup):
+                group.fail()
         self.scheduler.reset_prefix_cache()
         self.runner.reset()
         return [self._hand_out(self._groups[request_id]) for request_id in failed]
 
-    def _forget(self, group: _Group) -> None:
-        del self._groups[group.request_id]
+    def _end_all(self, group: _Group | BeamGroup, reason: FinishReason) -> None:
         for sequence in group.sequences:
-            del self._of_request[sequence.request.id]
-            self._num_watched -= self._is_watched(group, sequence)
+            self.scheduler.finish(sequence.request, reason, None, time.monotonic())
+
+    def _forget(self, group: _Group | BeamGroup) -> None:
+        del self._groups[group.request_id]
+        self._forget_requests(group)
+
+    def _forget_requests(self, group: _Group | BeamGroup) -> None:
+        for sequence in group.sequences:
+            if self._of_request.pop(sequence.request.id, None) is not None:  # a beam search's answers have no request
+                self._num_watched -= self._is_watched(group, sequence)
 
     @staticmethod
-    def _is_watched(group: _Group, sequence: Sequence) -> bool:
+    def _is_watched(group: _Group | BeamGroup, sequence: Sequence) -> bool:
         return group.streaming or sequence.watches or sequence.takes_logprobs
 
     # --- from a prompt and parameters to the scheduler's Request
@@ -321,13 +353,44 @@ class LLMEngine:
         kept = params.truncate_prompt_tokens
         return ids if kept is None else ids[-(self.config.max_model_len - 1 if kept == -1 else kept) :]
 
-    def _group(self, request_id: str, ready: PreparedRequest, streaming: bool, arrival: float) -> _Group:
-        params = ready.params
-        tokenizer = self.tokenizer if params.detokenize else None
-        text_of = tokenizer.token_text if tokenizer is not None else lambda token: None
-        logprobs = PromptLogprobs(params, ready.prompt_token_ids, text_of)
+    def _group(self, request_id: str, ready: PreparedRequest, priority: int, streaming: bool, arrival: float) -> _Group:
+        params, count = ready.params, ready.params.num_sequences
+        requests = [self._request(ready, f"{request_id}/{i}", i, priority, arrival) for i in range(count)]
+        sequences = [Sequence(request, i, params, self.tokenizer, self._eos) for i, request in enumerate(requests)]
         streaming = streaming and params.output_kind is not RequestOutputKind.FINAL_ONLY
-        return _Group(request_id, ready.prompt, ready.prompt_token_ids, params, logprobs, [], streaming, arrival)
+        logprobs = self._prompt_logprobs(ready)
+        return _Group(request_id, ready.prompt, ready.prompt_token_ids, params, logprobs, sequences, streaming, arrival)
+
+    def _beam_group(
+        self, request_id: str, ready: PreparedRequest, priority: int, streaming: bool, arrival: float
+    ) -> BeamGroup:
+        params, prompt = ready.params, ready.prompt_token_ids
+        request = self._request(ready, f"{request_id}/0", 0, priority, arrival)
+        room = self.config.max_model_len - len(prompt)
+        first = BeamSequence(request, 0, params, self.tokenizer, self._eos)
+        group = BeamGroup(
+            request_id=request_id,
+            prompt=ready.prompt,
+            prompt_token_ids=prompt,
+            params=params,
+            prompt_logprobs=self._prompt_logprobs(ready),
+            sequences=[first],
+            streaming=streaming and params.output_kind is not RequestOutputKind.FINAL_ONLY,
+            arrival=arrival,
+            max_tokens=min(request.max_new_tokens, room),
+            stop_ids=request.stop_token_ids,
+        )
+        request.max_new_tokens, request.stop_token_ids = 1, frozenset()  # its token is only a candidate
+        return group
+
+    @property
+    def _eos(self) -> int | None:
+        return self.eos_token_ids[0] if self.eos_token_ids else None
+
+    def _prompt_logprobs(self, ready: PreparedRequest) -> PromptLogprobs:
+        tokenizer = self.tokenizer if ready.params.detokenize else None
+        text_of = tokenizer.token_text if tokenizer is not None else lambda token: None
+        return PromptLogprobs(ready.params, ready.prompt_token_ids, text_of)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         return frozenset(params.stop_token_ids or ()) | frozenset(() if params.ignore_eos else self.eos_token_ids)

@@ -14,8 +14,8 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine import LLMEngine, PreparedRequest, Prompt
 from jaxllm.interrupts import deferred_interrupt
 from jaxllm.loading import build_engine, sampling_defaults
-from jaxllm.outputs import RequestOutput
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from jaxllm.sampling_params import BeamSearchParams, SamplingParams
 
 ParamsLike = SamplingParams | Mapping[str, Any]
 
@@ -88,6 +88,53 @@ class LLM:
         ids = self._add(prompts, sampling_params, None, streaming=True)
         positions = {request_id: str(i) for i, request_id in enumerate(ids)}
         return self._renamed(self._run(ids), positions)
+
+    def beam_search(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+        priority: SequenceOf[int] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` answers with the highest scores to each prompt, the best first.
+
+        Args:
+          prompts, use_tqdm, priority: as in `generate`.
+          lora_request: None; adapters are merged while loading.
+          concurrency_limit: at most so many prompts at a time; None: as the engine sees fit.
+
+        Raises: as `generate` does.
+        """
+        if lora_request is not None:
+            raise ValueError(f"lora_request must be None, got {lora_request!r}: load the adapter with LLM(lora=...)")
+        if concurrency_limit is not None and concurrency_limit < 1:
+            raise ValueError(f"concurrency_limit must be None or at least 1, got {concurrency_limit}")
+        prompts = as_prompts(prompts)
+        size, sampling, outputs = concurrency_limit or max(len(prompts), 1), params.sampling_params(), []
+        for start in range(0, len(prompts), size):
+            some = slice(start, start + size)
+            ranks = None if priority is None else priority[some]
+            outputs += self.generate(prompts[some], sampling, use_tqdm, priority=ranks)
+        return [self._beam_search_output(output, params) for output in outputs]
+
+    def _beam_search_output(self, output: RequestOutput, params: BeamSearchParams) -> BeamSearchOutput:
+        sequences = []
+        for one in output.outputs:
+            tokens = output.prompt_token_ids + one.token_ids
+            stopped = one.finish_reason == "stop" and not params.include_stop_str_in_output
+            text = self._text_of(tokens[:-1] if stopped else tokens, params.skip_special_tokens)
+            sequences.append(
+                BeamSearchSequence(
+                    tokens, one.logprobs or [], one.cumulative_logprob or 0.0, text, one.finish_reason, one.stop_reason
+                )
+            )
+        return BeamSearchOutput(sequences)
+
+    def _text_of(self, tokens: list[int], skip_special_tokens: bool) -> str | None:
+        tokenizer = self.get_tokenizer()
+        return None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     @staticmethod
     def _renamed(outputs: Iterator[RequestOutput], names: dict[str, str]) -> Iterator[RequestOutput]:

@@ -28,14 +28,15 @@ def logprob_dict(
             if other not in entry:
                 entry[other] = Logprob(value, None, text_of(other))
         return entry
-    ids, values = _likeliest(logprobs, row, count)
+    ids, values = likeliest(logprobs, row, count)
     for rank, (other, value) in enumerate(zip(ids, values, strict=True), 1):
         if other not in entry:
             entry[other] = Logprob(value, rank, text_of(other))
     return entry
 
 
-def _likeliest(logprobs: Any, row: int, count: int) -> tuple[list[int], list[float]]:
+def likeliest(logprobs: Any, row: int, count: int) -> tuple[list[int], list[float]]:
+    """The `count` likeliest tokens of one row, or all for -1, and their log probabilities; the likeliest first."""
     values = logprobs.top[row]
     count = len(values) if count == -1 else count
     if logprobs.top_ids is not None:

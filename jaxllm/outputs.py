@@ -11,7 +11,8 @@ class Logprob:
     """The log probability (natural logarithm) of one token.
 
     Attributes:
-      logprob: under the model's own distribution, before temperature and filters.
+      logprob: under the model's own distribution, before temperature and filters; of a beam search, after bias,
+        penalties and masks.
       rank: 1 for the likeliest token of the vocabulary; None for one that was asked for by its id.
       decoded_token: the token's text; None without a tokenizer.
     """
@@ -47,6 +48,34 @@ class CompletionOutput:
 
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+
+@dataclass
+class BeamSearchSequence:
+    """One answer of LLM.beam_search.
+
+    Attributes:
+      tokens: the prompt's tokens and the answer's.
+      logprobs: per token of the answer, {token id: Logprob}: the likeliest ones of its beam at that step.
+      cum_logprob: the sum over the answer's tokens.
+      text: the text of `tokens`; None without a tokenizer.
+      finish_reason, stop_reason: as in CompletionOutput.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    lora_request: None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """A prompt's answers, the one with the highest score first."""
+
+    sequences: list[BeamSearchSequence]
 
 
 @dataclass

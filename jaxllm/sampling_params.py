@@ -127,7 +127,9 @@ class SamplingParams:
       top_k: sample from the k likeliest tokens; 0 or -1: from all.
       min_p: drop tokens less likely than this fraction of the likeliest; in [0, 1].
       seed: equal seeds give equal answers, whatever else is in the batch; None or -1: a fresh one.
-      use_beam_search, length_penalty, early_stopping: beam search, as in vLLM 0.4.
+      use_beam_search: search for the answers with the highest scores, with best_of (or n) beams; see
+        jaxllm.beam_search, also for `length_penalty` and `early_stopping`. Log probabilities are then those after bias,
+        penalties and masks.
       stop: strings that end the answer.
       stop_token_ids: tokens that end the answer.
       bad_words: words that are not generated, neither at the beginning nor inside of the text.
@@ -336,9 +338,11 @@ class SamplingParams:
         for name, only in (("temperature", 0), ("top_p", 1), ("top_k", 0)):
             if getattr(self, name) != only:
                 raise ValueError(f"{name} must be {only} with use_beam_search, got {getattr(self, name)!r}")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f'early_stopping must be True, False or "never", got {self.early_stopping!r}')
         _check_number("length_penalty", self.length_penalty, "a finite number", math.isfinite)
+        if self.output_kind is RequestOutputKind.DELTA:
+            raise ValueError("output_kind must not be DELTA with use_beam_search: beams replace one another")
 
     def _check_no_beam_search(self) -> None:
         if self.early_stopping is not False:
@@ -348,6 +352,58 @@ class SamplingParams:
         if self.greedy and self.num_sequences > 1:
             name = "n" if self.n > 1 else "best_of"
             raise ValueError(f"{name} must be 1 with greedy sampling (temperature=0), got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
+class BeamSearchParams:
+    """Parameters of LLM.beam_search.
+
+    Attributes:
+      beam_width: beams, and answers returned.
+      max_tokens: the answers' longest length in new tokens.
+      ignore_eos: go on after the end-of-sequence token.
+      temperature: the log probabilities that are added up are those of the distribution at it; 0 means 1.
+      length_penalty: an answer's score is its cumulative log probability / (new tokens ** length_penalty).
+      include_stop_str_in_output: keep the end-of-sequence token's text in the answer's text.
+      skip_special_tokens: leave special tokens out of the text.
+      structured_outputs, allowed_token_ids: as in SamplingParams.
+
+    Raises: ValueError naming the field, the value and what is allowed; TypeError for an unknown field.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    skip_special_tokens: bool = True
+    watermarking: None = None
+    allowed_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_integer("beam_width", self.beam_width, 1)
+        _check_number("length_penalty", self.length_penalty, "a finite number", math.isfinite)
+        self.sampling_params()
+
+    def sampling_params(self) -> SamplingParams:
+        """What the engine is asked for: all answers that could score better are looked for ("never")."""
+        params = SamplingParams(
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            structured_outputs=self.structured_outputs,
+            skip_special_tokens=self.skip_special_tokens,
+            watermarking=self.watermarking,
+            allowed_token_ids=self.allowed_token_ids,
+            logprobs=2 * self.beam_width,
+        )
+        # Set afterwards, for vLLM 0.4's checks of these fields allow neither a single beam nor a temperature.
+        params.use_beam_search, params.n, params.early_stopping = True, self.beam_width, "never"
+        params.length_penalty = self.length_penalty
+        return params
 
 
 def _check_integer(name: str, value: Any, minimum: int, allowed: str | None = None) -> None:

@@ -21,8 +21,6 @@ class SamplingSpecs:
 
     def check(self, params: SamplingParams) -> None:
         """Raises ValueError, naming the field, for what this engine or model cannot do."""
-        if params.use_beam_search:
-            raise ValueError("use_beam_search=True is not supported by this version")
         if params.structured_outputs is not None:
             raise ValueError(f"structured_outputs is not supported by this version, got {params.structured_outputs!r}")
         self._check_ids(params)
@@ -58,6 +56,7 @@ class SamplingSpecs:
             repetition_penalty=params.repetition_penalty,
             num_logprobs=self._num_logprobs(params),
             logprob_ids=tuple(params.logprob_token_ids or ()),
+            processed_logprobs=params.use_beam_search,
             min_tokens=params.min_tokens,
             masked_ids=tuple(sorted(stop_ids)) if params.min_tokens else (),
             allowed_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
@@ -75,7 +74,7 @@ class SamplingSpecs:
         """How many the device must return: with logprobs=-1 it returns all that it has."""
         if params.logprobs is not None:
             return max(params.logprobs, 0)
-        return 0 if params.logprob_token_ids or params.num_sequences > params.n else -1
+        return 0 if params.logprob_token_ids or params.num_sequences > params.n or params.use_beam_search else -1
 
     def _constraints(self, params: SamplingParams, prompt: Sequence[int], words: list[list[int]]) -> tuple[Any, ...]:
         constraints: list[Any] = [BadWords(words, self._vocab_size)] if words else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 from jaxllm.detokenizer import PRIMING_TOKENS, TextStream
 from jaxllm.logprobs import logprob_dict
@@ -39,7 +40,10 @@ class Sequence:
         self.stop_string: str | None = None
         self._ended = False  # by a stop string or a repetition
         self.takes_logprobs = (
-            params.logprobs is not None or bool(params.logprob_token_ids) or params.num_sequences > params.n
+            params.logprobs is not None
+            or bool(params.logprob_token_ids)
+            or params.num_sequences > params.n
+            or params.use_beam_search
         )
         wants_dicts = params.logprobs is not None or bool(params.logprob_token_ids)
         self.logprobs: list[dict[int, Logprob]] | None = [] if wants_dicts else None
@@ -54,6 +58,20 @@ class Sequence:
     @property
     def cumulative_logprob(self) -> float:
         return sum(self._token_logprobs)
+
+    def fork(self, request: Request, logprob: float, entry: dict[int, Logprob] | None) -> Self:
+        """A sequence that has taken in what this one has; `request` has one token more, with this log probability.
+
+        Args:
+          entry: what `logprobs` is to say of the token; None if the sequence keeps none.
+        """
+        other = copy.copy(self)
+        other.request = request
+        other._stream = None if self._stream is None else self._stream.fork()
+        other._token_logprobs = [*self._token_logprobs, logprob]
+        if self.logprobs is not None and entry is not None:
+            other.logprobs = [*self.logprobs, entry]
+        return other
 
     def catch_up(self) -> FinishReason | None:
         """Takes in new tokens; why the answer ends with them, if a stop string or a repetition ends it (it is cut)."""

@@ -10,7 +10,10 @@ WHOLE_VOCABULARY = -1  # as a count of log probabilities
 
 
 class Logprobs(NamedTuple):
-    """Log probabilities of the model's own distribution (before temperature and filters), natural logarithm.
+    """Log probabilities, natural logarithm, of the model's own distribution (before temperature and filters).
+
+    Of a row with `processed_logprobs` (SamplingSpec), of the distribution after temperature, bias, penalties and masks.
+
 
     token: f32[S] of the given token; rank: i32[S] its rank, 1 for the likeliest.
     top_ids: i32[S, L] and top: f32[S, L], the likeliest first. For the whole vocabulary top_ids is None and top is

@@ -46,6 +46,8 @@ class SamplingSpec:
       presence_penalty, frequency_penalty, repetition_penalty: 0, 0 and 1 for off.
       num_logprobs: how many top log probabilities to return beside the sampled token's own; -1 for none at all.
       logprob_ids: tokens whose log probabilities are returned as well.
+      processed_logprobs: whether log probabilities are those of the distribution after temperature, bias, penalties and
+        masks, not the model's own.
       min_tokens, masked_ids: before so many tokens, none of these is sampled.
       allowed_ids: only these are sampled; None: all. banned_ids: none of these is.
       bias: (token, what is added to its logit).
@@ -65,6 +67,7 @@ class SamplingSpec:
     repetition_penalty: float = 1.0
     num_logprobs: int = -1
     logprob_ids: tuple[int, ...] = ()
+    processed_logprobs: bool = False
     min_tokens: int = 0
     masked_ids: tuple[int, ...] = ()
     allowed_ids: tuple[int, ...] | None = None
@@ -103,7 +106,7 @@ class SamplingSpec:
 class SamplingTable:
     """The host's table of every slot's sampling parameters: i32[max_num_seqs, width], floats by their bits."""
 
-    width: ClassVar[int] = 11
+    width: ClassVar[int] = 12
 
     def __init__(self, max_num_seqs: int) -> None:
         self.rows = np.zeros((max_num_seqs, self.width), np.int32)
@@ -117,7 +120,7 @@ class SamplingTable:
         penalties = spec.presence_penalty, spec.frequency_penalty, spec.repetition_penalty
         row[:6] = np.array([spec.temperature, spec.top_p, spec.min_p, *penalties], np.float32).view(np.int32)
         row[6:8] = np.array([spec.seed & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int32)
-        row[8:] = spec.top_k, spec.min_tokens, spec.controlled
+        row[8:] = spec.top_k, spec.min_tokens, spec.controlled, spec.processed_logprobs
         self.prompt_len[slot] = prompt_len
         self._level[slot] = spec.level
         self.scores_prompt[slot], self.stepwise[slot] = spec.scores_prompt, spec.stepwise
@@ -140,6 +143,7 @@ class SamplingRows(NamedTuple):
     top_k: jax.Array  # i32[S]
     before_min_tokens: jax.Array  # bool[S]
     controlled: jax.Array  # bool[S] whether the row's slot has a row of its own in the control tables
+    processed_logprobs: jax.Array  # bool[S]
     positions: jax.Array  # i32[S] of the token to be drawn
 
     @classmethod
@@ -157,6 +161,7 @@ class SamplingRows(NamedTuple):
             top_k=rows[:, 8],
             before_min_tokens=kv_lens - prompt_lens < rows[:, 9],
             controlled=in_use & (rows[:, 10] > 0),
+            processed_logprobs=rows[:, 11] > 0,
             positions=kv_lens,
         )
 

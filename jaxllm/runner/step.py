@@ -101,8 +101,11 @@ def make_controlled_sampler(level: Level, max_num_seqs: int, max_logprobs: int):
     ):
         slots, sampling, own_slots = UnpackedRows.of(rows, max_num_seqs)
         own = take_rows(tables, own_slots)
-        tokens = sample(control(logits, sampling, own, mask), sampling, level)
-        logprobs = log_probabilities(logits, tokens, own.wanted_ids, max_logprobs)
+        controlled = control(logits, sampling, own, mask)
+        tokens = sample(controlled, sampling, level)
+        tempered = controlled / jnp.where(sampling.temperature == 0, 1.0, sampling.temperature)[:, None]
+        scored = jnp.where(sampling.processed_logprobs[:, None], tempered, logits)
+        logprobs = log_probabilities(scored, tokens, own.wanted_ids, max_logprobs)
         tables = count_tokens(tables, slots, tokens)
         return last_token.at[slots].set(tokens, mode="drop"), tables, StepOutputs(tokens[None], logprobs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,26 @@ class Request:
     slot: int = -1
     _residents: Residents | None = None
     _pages_of_tokens: list[bytes] = field(default_factory=list)
+
+    def fork(self, id: str, output_token_ids: list[int], max_new_tokens: int) -> Request:
+        """A new request that goes on from a beginning of this one's tokens: its KV pages are found in the prefix cache.
+
+        It counts as scheduled when this one was.
+        """
+        return replace(
+            self,
+            id=id,
+            max_new_tokens=max_new_tokens,
+            output_token_ids=output_token_ids,
+            state=State.WAITING,
+            finish_reason=None,
+            stop_reason=None,
+            preemptions=0,
+            preemptions_in_a_row=0,
+            slot=-1,
+            _residents=None,
+            _pages_of_tokens=list(self._pages_of_tokens),
+        )
 
     @property
     def prompt_len(self) -> int:

@@ -142,6 +142,22 @@ def test_special_tokens(make):
         assert "".join(map(make(skip=skip).add, ids)) == expected
 
 
+@STREAMS
+@settings(max_examples=50)
+@given(ids=st.lists(TOKENS, max_size=12), one=st.lists(TOKENS, max_size=12), other=st.lists(TOKENS, max_size=12))
+def test_a_fork_and_its_stream_go_on_alone(make, ids, one, other):
+    stream = make()
+    for token in ids:
+        stream.add(token)
+    fork = stream.fork()
+    pieces = [(stream.add(a), fork.add(b)) for a, b in zip(one, other, strict=False)]
+    for place, tokens in enumerate((one, other)):
+        alone = make()
+        for token in ids:
+            alone.add(token)
+        assert [piece[place] for piece in pieces] == [alone.add(token) for token in tokens[: len(pieces)]]
+
+
 def test_the_space_before_the_first_word(sentencepiece):
     """It is not part of an answer's text after nothing but <s>, and is part of it after a prompt with text."""
     ids = sentencepiece.encode("scheduler", add_special_tokens=False)

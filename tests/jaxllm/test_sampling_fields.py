@@ -55,7 +55,6 @@ HONOURED = {
 }
 
 REFUSED = {
-    "use_beam_search": dict(use_beam_search=True, best_of=2, temperature=0),
     "early_stopping": dict(early_stopping=True),
     "length_penalty": dict(length_penalty=2.0),
     "structured_outputs": dict(structured_outputs={"regex": "a"}),
@@ -73,7 +72,8 @@ REFUSED = {
     "trace_decode_token_ids": dict(trace_decode_token_ids=[1]),
 }
 
-ELSEWHERE = {"extra_args", "spaces_between_special_tokens"}  # test_sampling.py, test_detokenizer.py
+# test_sampling.py, test_detokenizer.py, test_beam_search.py
+ELSEWHERE = {"extra_args", "spaces_between_special_tokens", "use_beam_search"}
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,22 @@ def test_numbers_along_its_life():
     assert (one.first_scheduled_at, one.first_token_at) == (2.0, 3.5)
 
 
+def test_a_fork_is_computed_from_the_pages_of_its_parent():
+    scheduler = Scheduler(SchedulerConfig(8, 2, 2, 8, 16))
+    one = Request("a", np.arange(1, 7, dtype=np.int32), 1)
+    scheduler.add(one, 1.0)
+    scheduler.update(scheduler.schedule(2.0), np.array([9], np.int32), 2.5)
+    forks = [one.fork(f"a{token}", [token], 2) for token in (7, 8)]
+    for fork in forks:
+        scheduler.add(fork, 3.0)
+    plan = scheduler.schedule(3.5)
+    assert plan.starts.tolist() == [6, 6] and plan.tokens.tolist() == [7, 8]
+    assert scheduler.residents.pages[[fork.slot for fork in forks], :3].tolist() == [[0, 1, 2]] * 2
+    scheduler.check()
+    assert (one.output_token_ids, one.finish_reason) == ([9], FinishReason.LENGTH)
+    assert [fork.first_scheduled_at for fork in forks] == [2.0] * 2 and scheduler.memory.queried_tokens == 6
+
+
 def test_finish_reasons_are_vllm_s():
     assert [reason.value for reason in FinishReason] == ["stop", "length", "abort", "error", "repetition"]
 
