@@ -121,7 +121,7 @@ class LLMEngine:
             # The log probabilities of a whole vocabulary are too much to keep for several steps.
             max_steps=1 if config.max_logprobs == WHOLE_VOCABULARY else config.num_scheduler_steps,
         )
-        self._specs = SamplingSpecs(config, runner.network.config.vocab_size, tokenizer)
+        self._specs = SamplingSpecs(config, runner.network.config.vocab_size, tokenizer, self.eos_token_ids)
         self._groups: dict[str, _Group | BeamGroup] = {}
         self._of_request: dict[str, tuple[_Group | BeamGroup, Sequence]] = {}
         self._num_watched = 0  # sequences that need a look after every step

@@ -37,6 +37,9 @@ _GUIDED = {
 }
 """Older names of StructuredOutputsParams' fields."""
 
+STRUCTURE_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+"""StructuredOutputsParams' fields of which exactly one is given."""
+
 
 class RequestOutputKind(Enum):
     """What the outputs of a streamed request hold."""
@@ -51,9 +54,16 @@ class StructuredOutputsParams:
     """What the answer's text must be: exactly one of json, regex, choice, grammar, json_object and structural_tag.
 
     Attributes:
-      json: a JSON schema, as text or dict. regex: a regular expression. choice: one of these strings.
-      grammar: an EBNF grammar. json_object: any JSON object. structural_tag: JSON between tags, as text.
-      disable_any_whitespace, disable_additional_properties, whitespace_pattern: options of the JSON kinds.
+      json: a JSON schema, as text, dict or pydantic model.
+      regex: a regular expression, of the whole answer, without look-around and back references.
+      choice: one of these strings.
+      grammar: a grammar in Lark's notation, or in EBNF as llama.cpp and xgrammar write it (`root ::= ...`).
+      json_object: any JSON object.
+      structural_tag: JSON between tags in free text: {"triggers": [text, ...], "structures": [{"begin": text,
+        "schema": JSON schema, "end": text}, ...]}, as text.
+      disable_any_whitespace: compact JSON.
+      disable_additional_properties: objects with `properties` have no others, unless the schema says that they may.
+      whitespace_pattern: a regular expression of what may stand between JSON's tokens; None: any white space.
 
     Raises: ValueError if none or several are given.
     """
@@ -69,10 +79,45 @@ class StructuredOutputsParams:
     structural_tag: str | None = None
 
     def __post_init__(self) -> None:
-        kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-        given = [name for name in kinds if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"structured_outputs must have exactly one of {', '.join(kinds)}, got {given}")
+        if hasattr(self.json, "model_json_schema"):  # a pydantic model
+            self.json = self.json.model_json_schema()
+        if len(self._given) != 1:
+            raise ValueError(
+                f"structured_outputs must have exactly one of {', '.join(STRUCTURE_KINDS)}, got {self._given}"
+            )
+
+    @property
+    def _given(self) -> list[str]:
+        return [name for name in STRUCTURE_KINDS if getattr(self, name) not in (None, False)]
+
+    @property
+    def kind(self) -> str:
+        """The one of STRUCTURE_KINDS that is given."""
+        return self._given[0]
+
+
+@dataclass(kw_only=True)
+class GuidedDecodingParams(StructuredOutputsParams):
+    """StructuredOutputsParams under its name of vLLM 0.6 to 0.10, for `SamplingParams(guided_decoding=)`.
+
+    Attributes:
+      backend: must be None, for there is one; `disable_fallback` is about others, of which there are none.
+    """
+
+    backend: str | None = None
+    disable_fallback: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backend is not None:
+            raise ValueError(
+                f"backend must be None, got {self.backend!r}: the grammar backend is not chosen by the request"
+            )
+
+    @classmethod
+    def from_optional(cls, **fields: Any) -> GuidedDecodingParams | None:
+        """None if nothing says what the answer must be."""
+        return cls(**fields) if any(fields.get(name) is not None for name in STRUCTURE_KINDS) else None
 
 
 @dataclass(kw_only=True)
@@ -445,21 +490,25 @@ def _made(name: str, value: Any, kind: type) -> Any:
 
 def _with_current_names(fields: dict[str, Any]) -> dict[str, Any]:
     """`fields` without what is refused and with today's names; ValueError for a refused value."""
-    current = {}
-    guided = {}
+    current: dict[str, Any] = {}
+    guided: dict[str, Any] = {}
+    decoding = None
     for name, value in fields.items():
         if name in _REFUSED:
             default, reason = _REFUSED[name]
             if value != default:
                 raise ValueError(f"{name} must be {default!r}, got {value!r}: {reason}")
         elif name in _GUIDED:
-            guided |= {} if value is None else {_GUIDED[name]: value}
+            guided |= {} if value in (None, False) else {_GUIDED[name]: value}
+        elif name == "guided_decoding":
+            decoding = _made(name, value, GuidedDecodingParams)
         else:
             current[name] = value
-    if guided:
-        if current.get("structured_outputs") is not None:
-            raise ValueError(f"structured_outputs and guided_* must not both be given, got {guided!r} besides")
-        current["structured_outputs"] = guided
+    ways = [way for way in (current.get("structured_outputs"), decoding, guided or None) if way is not None]
+    if len(ways) > 1:
+        raise ValueError(f"structured_outputs and guided_* must not both be given, got {ways!r}")
+    if ways:
+        current["structured_outputs"] = ways[0]
     return current
 
 
@@ -474,7 +523,7 @@ def _refuse_unknown(generated_init: Any) -> Any:
 
 def known_fields() -> Iterable[str]:
     """Every name that the constructor knows, refused and older ones included."""
-    return [*(one.name for one in dataclasses.fields(SamplingParams)), *_REFUSED, *_GUIDED]
+    return [*(one.name for one in dataclasses.fields(SamplingParams)), *_REFUSED, *_GUIDED, "guided_decoding"]
 
 
 SamplingParams.__init__ = _refuse_unknown(SamplingParams.__init__)  # type: ignore[method-assign]

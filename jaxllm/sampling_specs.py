@@ -6,23 +6,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.runner.constraints import BadWords, ThinkingBudget
+from jaxllm.runner.constraints import BadWords, FixedTokens, ThinkingBudget
 from jaxllm.runner.controls import MAX_BIASED
 from jaxllm.runner.sampler import SamplingSpec
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.structured_output import GrammarCompiler
 from jaxllm.tokenizer import Tokenizer
 
 
 class SamplingSpecs:
     """Checks requests' sampling parameters and translates them, for one engine."""
 
-    def __init__(self, config: EngineConfig, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, config: EngineConfig, vocab_size: int, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int] = ()
+    ) -> None:
         self._config, self._vocab_size, self._tokenizer = config, vocab_size, tokenizer
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
 
     def check(self, params: SamplingParams) -> None:
         """Raises ValueError, naming the field, for what this engine or model cannot do."""
-        if params.structured_outputs is not None:
-            raise ValueError(f"structured_outputs is not supported by this version, got {params.structured_outputs!r}")
         self._check_ids(params)
         self._check_logprobs(params)
         for name in ("stop", "bad_words"):
@@ -38,12 +40,16 @@ class SamplingSpecs:
                 f"thinking_token_budget={params.thinking_token_budget} needs a tokenizer, and the engine's "
                 f"reasoning_config to say how the reasoning begins and ends"
             )
+        if params.structured_outputs is not None:
+            self._check_structure(params)
 
     def make(
         self, params: SamplingParams, prompt: Sequence[int], index: int, seed: int, stop_ids: Iterable[int]
     ) -> SamplingSpec:
         """The spec of the request's answer number `index`; the first one scores the prompt."""
-        words = self._bad_words(params)
+        words, stop_ids = self._bad_words(params), frozenset(stop_ids)
+        banned = tuple(word[0] for word in words if len(word) == 1)
+        structured = params.structured_outputs is not None
         scores_prompt = params.prompt_logprobs is not None or bool(params.prompt_logprob_token_ids)
         return SamplingSpec(
             temperature=params.temperature,
@@ -58,11 +64,15 @@ class SamplingSpecs:
             logprob_ids=tuple(params.logprob_token_ids or ()),
             processed_logprobs=params.use_beam_search,
             min_tokens=params.min_tokens,
-            masked_ids=tuple(sorted(stop_ids)) if params.min_tokens else (),
+            # Where a grammar lets nothing but the end follow, it follows: the constraint heeds min_tokens itself.
+            masked_ids=tuple(sorted(stop_ids)) if params.min_tokens and not structured else (),
             allowed_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
-            banned_ids=tuple(word[0] for word in words if len(word) == 1),
+            banned_ids=banned,
             bias=tuple((params.logit_bias or {}).items()),
-            constraints=self._constraints(params, prompt, [word for word in words if len(word) > 1]),
+            constraints=(
+                *self._constraints(params, prompt, [word for word in words if len(word) > 1]),
+                *(self._structure(params, banned, stop_ids) if structured else ()),
+            ),
             logits_processors=tuple(params.logits_processors or ()),
             scores_prompt=scores_prompt and index == 0,
             first_scored=0 if params.prompt_logprobs is not None else params.prompt_logprob_start or 0,
@@ -86,6 +96,25 @@ class SamplingSpecs:
             )
             constraints.append(ThinkingBudget(prompt, start, end, params.thinking_token_budget, self._vocab_size))
         return tuple(constraints)
+
+    def _structure(self, params: SamplingParams, banned: Sequence[int], stop_ids: frozenset[int]) -> Iterable[Any]:
+        """The constraints that make an answer what structured_outputs says."""
+        assert params.structured_outputs is not None
+        yield self._grammars.constraint(params.structured_outputs, params.min_tokens, stop_ids)
+        # The device heeds these too, but cannot tell that no token is left.
+        if params.allowed_token_ids is not None or banned:
+            yield FixedTokens(params.allowed_token_ids, banned, self._vocab_size)
+
+    def _check_structure(self, params: SamplingParams) -> None:
+        assert params.structured_outputs is not None
+        if params.use_beam_search:
+            raise ValueError("structured_outputs must be None with use_beam_search=True")
+        if params.thinking_token_budget is not None:
+            raise ValueError(
+                f"thinking_token_budget={params.thinking_token_budget} must be None with structured_outputs: "
+                f"the closing marker is no part of the structure"
+            )
+        self._grammars.check(params.structured_outputs)
 
     def _encode(self, text: str) -> list[int]:
         assert self._tokenizer is not None

@@ -100,6 +100,20 @@ class Tokenizer:
             text = self._texts[token_id] = self.hf.decode([token_id])
         return text
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text: ends, roles, padding."""
+        return self._special_ids
+
+    def token_bytes(self, size: int) -> list[bytes]:
+        """The bytes of the tokens 0 to size - 1; b"" for an id that no token has.
+
+        Raises: ValueError if they depend on a token's neighbours.
+        """
+        if self._rule is None:
+            raise ValueError("the tokenizer's tokens have no bytes of their own: its decoder is of an unknown kind")
+        return [self._bytes_of(token_id) for token_id in range(size)]
+
     def apply_chat_template(
         self,
         messages: list[dict[str, Any]],

@@ -89,10 +89,31 @@ class ThinkingBudget:
             self._thought += 1
 
 
+class FixedTokens:
+    """The same tokens throughout, for a request whose other constraints may leave none of them: that ends it.
+
+    Args:
+      allowed: None for all. banned: tokens that are not.
+    """
+
+    def __init__(self, allowed: Sequence[int] | None, banned: Sequence[int], vocab_size: int) -> None:
+        everything = np.arange(vocab_size) if allowed is None else allowed
+        self._mask = bitmask(everything, vocab_size) & ~bitmask(banned, vocab_size)
+
+    def mask(self, tokens: Sequence[int]) -> np.ndarray:
+        return self._mask
+
+
 def combined_mask(constraints: Sequence[Constraint], tokens: Sequence[int]) -> np.ndarray | None:
-    """What all constraints allow after the answer `tokens`; None: everything."""
+    """What all constraints allow after the answer `tokens`; None: everything. ValueError if they allow nothing."""
     masks = [mask for one in constraints if (mask := one.mask(tokens)) is not None]
-    return np.bitwise_and.reduce(masks) if masks else None
+    if not masks:
+        return None
+    combined = np.bitwise_and.reduce(masks)
+    if not combined.any():
+        names = ", ".join(type(one).__name__ for one in constraints)
+        raise ValueError(f"after {len(tokens)} tokens the request's constraints ({names}) leave no token")
+    return combined
 
 
 def takes_prompt(processor: Callable[..., Any]) -> bool:

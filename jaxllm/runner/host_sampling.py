@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +19,8 @@ from jaxllm.scheduling import StepPlan
 from jaxllm.scheduling.request import Request
 
 logger = logging.getLogger(__name__)
+
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class HostSampling:
         self._programs = programs
         self._neutral_row = jax.device_put(neutral_row(vocab_size))  # what is neutral need not be sent
         self._everything: dict[int, jax.Array] = {}  # by rows: a mask that allows all tokens
+        self._threads = ThreadPoolExecutor(_THREADS, "constraints")  # which start when they are needed
         self.reset()
 
     def reset(self) -> None:
@@ -65,10 +70,11 @@ class HostSampling:
           processors or constraints raised, which must end.
         """
         masks, failed = {}, []
-        for row in stepwise:
-            request = plan.requests[row]
+        requests = [plan.requests[row] for row in stepwise]
+        for row, request, mask in zip(stepwise, requests, self._masks_of(requests), strict=True):
             try:
-                mask = combined_mask(request.sampling.constraints, request.output_token_ids)
+                if isinstance(mask, Exception):
+                    raise mask
                 if request.sampling.logits_processors:
                     logits = self._process(request, row, logits)
             except Exception:
@@ -77,6 +83,20 @@ class HostSampling:
             else:
                 masks |= {} if mask is None else {row: mask}
         return logits, self._mask(masks, len(logits)), failed
+
+    def _masks_of(self, requests: Sequence[Request]) -> list[np.ndarray | Exception | None]:
+        """What each request's constraints allow, or what they raised.
+
+        By several threads: a grammar's work is done without Python's lock, and a step may have hundreds of rows.
+        """
+        count = min(len(requests), _THREADS)
+        if count < 2:
+            return [_mask_of(request) for request in requests]
+        masks: list[np.ndarray | Exception | None] = [None] * len(requests)
+        parts = self._threads.map(lambda first: [_mask_of(one) for one in requests[first::count]], range(count))
+        for first, part in enumerate(parts):
+            masks[first::count] = part
+        return masks
 
     def _mask(self, masks: dict[int, np.ndarray], num_rows: int) -> jax.Array | np.ndarray:
         if not masks:
@@ -112,3 +132,10 @@ class HostSampling:
             return jax.jit(lambda logits, row: logits[row]).lower(logits, index)
         put = jax.jit(lambda logits, row, values: logits.at[row].set(values), donate_argnums=0)
         return put.lower(logits, index, jax.ShapeDtypeStruct((self.vocab_size,), jnp.float32))
+
+
+def _mask_of(request: Request) -> np.ndarray | Exception | None:
+    try:
+        return combined_mask(request.sampling.constraints, request.output_token_ids)
+    except Exception as error:
+        return error

@@ -354,7 +354,6 @@ def test_extra_args_reach_the_policy():
         (dict(prompt_logprob_token_ids=list(range(21))), "the number of prompt_logprob_token_ids, 21, exceeds"),
         (dict(bad_words=["x"]), "bad_words .strings. needs a tokenizer"),
         (dict(thinking_token_budget=5), "thinking_token_budget=5 needs a tokenizer"),
-        (dict(structured_outputs={"regex": "a"}), "structured_outputs is not supported by this version"),
     ],
     ids=str,
 )

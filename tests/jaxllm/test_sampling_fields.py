@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jaxllm import SamplingParams
-from jaxllm.sampling_params import RequestOutputKind, known_fields
+from jaxllm.sampling_params import GuidedDecodingParams, RequestOutputKind, known_fields
 from tests.jaxllm.conftest import make_sum_llm
 
 PROMPT = "Once upon a time"
@@ -51,19 +51,20 @@ HONOURED = {
     "output_kind": (GREEDY, RequestOutputKind.FINAL_ONLY),
     "skip_reading_prefix_cache": (GREEDY, True),
     "thinking_token_budget": (GREEDY, 3),
+    "structured_outputs": (GREEDY, {"regex": "[0-9]+"}),
+    "guided_decoding": (GREEDY, GuidedDecodingParams(regex="[0-9]+")),
+    "guided_json": (GREEDY, {"type": "integer"}),
+    "guided_regex": (GREEDY, "[0-9]+"),
+    "guided_choice": (GREEDY, ["7", "8"]),
+    "guided_grammar": (GREEDY, 'root ::= [0-9] "a"'),
+    "guided_json_object": (GREEDY, True),
+    "guided_whitespace_pattern": (GREEDY | dict(guided_json={"type": "object"}), "~"),
     "repetition_detection": (GREEDY | dict(logit_bias={7: 100}), {"max_pattern_size": 1, "min_count": 3}),
 }
 
 REFUSED = {
     "early_stopping": dict(early_stopping=True),
     "length_penalty": dict(length_penalty=2.0),
-    "structured_outputs": dict(structured_outputs={"regex": "a"}),
-    "guided_json": dict(guided_json={}),
-    "guided_regex": dict(guided_regex="a"),
-    "guided_choice": dict(guided_choice=["a"]),
-    "guided_grammar": dict(guided_grammar="root ::= 'a'"),
-    "guided_json_object": dict(guided_json_object=True),
-    "guided_whitespace_pattern": dict(guided_whitespace_pattern=" "),
     "guided_decoding_backend": dict(guided_decoding_backend="x"),
     "watermarking": dict(watermarking={"key": 1}),
     "flat_logprobs": dict(flat_logprobs=True),
@@ -71,6 +72,8 @@ REFUSED = {
     "routed_experts_prompt_start": dict(routed_experts_prompt_start=2),
     "trace_decode_token_ids": dict(trace_decode_token_ids=[1]),
 }
+
+TEXTS = {"guided_regex", "guided_grammar", "guided_whitespace_pattern"}  # values that are not to be filled in
 
 # test_sampling.py, test_detokenizer.py, test_beam_search.py
 ELSEWHERE = {"extra_args", "spaces_between_special_tokens", "use_beam_search"}
@@ -111,7 +114,7 @@ def filled_in(llm, value):
 def test_honoured(llm, field):
     base, value = HONOURED[field]
     base = base | {name: filled_in(llm, it) for name, it in base.items() if isinstance(it, str) and name != "stop"}
-    value = filled_in(llm, value) if isinstance(value, str) and field != "stop" else value
+    value = filled_in(llm, value) if isinstance(value, str) and field not in ("stop", *TEXTS) else value
     first = observed(llm, base)  # the prompt is in the prefix cache from here on
     again = observed(llm, base)
     assert again == observed(llm, base) and first[-1].split("num_cached")[0] == again[-1].split("num_cached")[0]
@@ -120,8 +123,7 @@ def test_honoured(llm, field):
 
 @pytest.mark.parametrize("field", sorted(REFUSED))
 def test_refused(llm, field):
-    named = "structured_outputs" if field.startswith("guided") and field != "guided_decoding_backend" else field
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=field):
         llm.generate(PROMPT, SamplingParams(**REFUSED[field]), use_tqdm=False)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jaxllm import SamplingParams
-from jaxllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from jaxllm.sampling_params import GuidedDecodingParams, RequestOutputKind, StructuredOutputsParams
 
 
 def test_defaults():
@@ -97,6 +97,9 @@ def test_bad_values_name_field_value_and_what_is_allowed(field, bad, allowed):
         (dict(structured_outputs={}), r"exactly one of json, .*, got \[\]"),
         (dict(guided_regex="a", guided_choice=["b"]), r"exactly one of json, .*, got \['regex', 'choice'\]"),
         (dict(guided_regex="a", structured_outputs={"regex": "b"}), r"structured_outputs and guided_\* must not both"),
+        (dict(guided_regex="a", guided_decoding={"regex": "b"}), r"structured_outputs and guided_\* must not both"),
+        (dict(guided_decoding={"regex": "b", "backend": "outlines"}), "backend must be None, got 'outlines'"),
+        (dict(structured_outputs={"json_object": False}), r"exactly one of json, .*, got \[\]"),
         (dict(repetition_detection={"max_pattern_size": 3}), "min_count must be an integer of at least 2, got 0"),
         (dict(repetition_detection={"min_pattern_size": 3}), "min_pattern_size=3 must not exceed max_pattern_size=0"),
     ],
@@ -117,7 +120,10 @@ def test_guided_names_are_structured_outputs():
     assert SamplingParams(guided_json={"type": "null"}).structured_outputs == StructuredOutputsParams(
         json={"type": "null"}
     )
-    assert SamplingParams(guided_json=None).structured_outputs is None
+    assert SamplingParams(guided_json=None, guided_json_object=False).structured_outputs is None
+    decoding = GuidedDecodingParams.from_optional(json={"type": "null"}, whitespace_pattern=" ")
+    assert SamplingParams(guided_decoding=decoding).structured_outputs.whitespace_pattern == " "
+    assert GuidedDecodingParams.from_optional(json=None, whitespace_pattern=" ") is None
     assert SamplingParams(structured_outputs={"choice": ["a"]}).structured_outputs.choice == ["a"]
 
 

@@ -26,6 +26,24 @@ def test_token_text_shows_special_tokens():
     assert TOKENIZER.token_text(0) == "<|endoftext|>" and TOKENIZER.eos_token_id == 0
 
 
+def test_the_bytes_of_tokens(plain):
+    size = len(plain.hf)
+    spelled = plain.token_bytes(size + 2)
+    text = "naïve 好 🙂\n"
+    assert b"".join(spelled[i] for i in plain.encode(text, add_special_tokens=False)) == text.encode()
+    assert spelled[size:] == [b"", b""] and {spelled[i] for i in plain.special_ids} == {b"<s>", b"<pad>"}
+
+
+def test_tokens_without_bytes_of_their_own():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    backend = Backend(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    with pytest.raises(ValueError, match="have no bytes of their own"):
+        Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend)).token_bytes(3)
+
+
 def test_special_tokens_are_added_or_not(plain):
     start = plain.hf.bos_token_id
     bare = plain.encode("the token", add_special_tokens=False)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxllm.runner.constraints import BadWords, ThinkingBudget, combined_mask, run_processors, takes_prompt
+from jaxllm.runner.constraints import BadWords, FixedTokens, ThinkingBudget, combined_mask, run_processors, takes_prompt
 from jaxllm.runner.controls import bitmask
 from jaxllm.runner.sampler import SamplingSpec
 from jaxllm.scheduling import Request
@@ -65,6 +65,10 @@ def test_masks_are_combined():
             return bitmask(self.ids, V)
 
     assert combined_mask([], []) is None
+    assert allowed(combined_mask([FixedTokens([1, 2], [2], V), Only([1, 2])], [])) == [1]
+    assert allowed(combined_mask([FixedTokens(None, [2], V), Only([1, 2])], [])) == [1]
+    with pytest.raises(ValueError, match=r"after 1 tokens the request's constraints \(FixedTokens, Only\) leave no"):
+        combined_mask([FixedTokens([2], [], V), Only([1])], [5])
     assert allowed(combined_mask([Only([1, 2, 3]), Only([2, 3, 4]), BadWords([[7, 3]], V)], [7])) == [2]
 
 
