@@ -93,10 +93,19 @@ class LLMEngine:
       tokenizer: None to work with token ids alone.
       eos_token_ids: tokens that end an answer unless `ignore_eos`; the first is "the" end of sequence, the others are
         reported as `stop_reason`.
+      sampling_defaults: the SamplingParams fields that the model's generation_config.json sets, for callers that give
+        none; the engine itself does not look at them.
     """
 
-    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer | None, eos_token_ids: SequenceOf[int] = ()) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: SequenceOf[int] = (),
+        sampling_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         self.runner, self.tokenizer, self.eos_token_ids = runner, tokenizer, tuple(eos_token_ids)
+        self.sampling_defaults = dict(sampling_defaults or {})
         self.config: EngineConfig = runner.config
         config = self.config
         self.scheduler = Scheduler(
@@ -288,7 +297,12 @@ class LLMEngine:
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if prompt.get("multi_modal_data") is not None:
+                architecture = self.runner.network.config.architecture
+                raise ValueError(
+                    f"multi_modal_data has {sorted(prompt['multi_modal_data'])}, but {architecture} takes text alone"
+                )
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "multi_modal_data"}
             if unknown or not prompt:
                 raise ValueError(
                     f'a prompt dict holds "prompt" (text) or "prompt_token_ids" (ids), got the keys {sorted(prompt)}'

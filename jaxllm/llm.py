@@ -13,8 +13,9 @@ from tqdm import tqdm
 from jaxllm.config import EngineConfig
 from jaxllm.engine import LLMEngine, PreparedRequest, Prompt
 from jaxllm.interrupts import deferred_interrupt
-from jaxllm.loading import build_engine, sampling_defaults
+from jaxllm.loading import build_engine
 from jaxllm.outputs import RequestOutput
+from jaxllm.prompts import Message, as_conversations, as_prompts, refuse, with_token_ids
 from jaxllm.sampling_params import SamplingParams
 
 ParamsLike = SamplingParams | Mapping[str, Any]
@@ -37,7 +38,6 @@ class LLM:
     def __init__(self, model: Any = None, tokenizer: Any = None, *, params: Any = None, **engine_args: Any) -> None:
         self.config = EngineConfig.create(model=model, tokenizer=tokenizer, **engine_args)
         self.llm_engine: LLMEngine = build_engine(self.config, params)
-        self._defaults = sampling_defaults(self.config)
         self._ids = itertools.count()
 
     def get_tokenizer(self) -> Any:
@@ -47,13 +47,16 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when given none: the defaults, with what the model's generation_config.json sets."""
-        return SamplingParams(**self._defaults)
+        return SamplingParams(**self.llm_engine.sampling_defaults)
 
     def generate(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
+        prompts: Prompt | SequenceOf[Prompt] | None = None,
         sampling_params: ParamsLike | SequenceOf[ParamsLike] | None = None,
+        prompt_token_ids: SequenceOf[int] | SequenceOf[SequenceOf[int]] | None = None,
         use_tqdm: bool = True,
+        lora_request: None = None,
+        multi_modal_data: None = None,
         *,
         priority: SequenceOf[int] | None = None,
     ) -> list[RequestOutput]:
@@ -62,13 +65,59 @@ class LLM:
         Args:
           prompts: one prompt or many; each text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
           sampling_params: one for all, or one a prompt; a dict of fields will do. None: get_default_sampling_params().
+          prompt_token_ids: the form of vLLM 0.4: the tokens of one prompt or many, with or without their texts in
+            `prompts`.
           use_tqdm: a progress bar with input and output tokens per second.
+          lora_request, multi_modal_data: vLLM's; must be None.
           priority: one a prompt, for scheduling_policy="priority"; lower is sooner.
 
         Raises: ValueError or TypeError for a bad prompt or parameter, before anything is computed. On Ctrl-C the call's
           requests are ended and KeyboardInterrupt is raised; the LLM stays usable.
         """
-        ids = self._add(prompts, sampling_params, priority, streaming=False)
+        refuse(lora_request=lora_request, multi_modal_data=multi_modal_data)
+        prompts = with_token_ids(prompts, prompt_token_ids)
+        return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+
+    def chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: ParamsLike | SequenceOf[ParamsLike] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: SequenceOf[int] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers conversations, one RequestOutput each, in order.
+
+        Args:
+          messages: one conversation or many: a list of {"role": ..., "content": ...}. Content is text, or a list of
+            {"type": "text", "text": ...} parts, which are joined by newlines.
+          sampling_params, use_tqdm, priority: as in `generate`.
+          chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs: as in
+            jaxllm.tokenizer.Tokenizer.apply_chat_template.
+
+        Raises: ValueError or TypeError for messages that are not such, or do not fit the template; ValueError without a
+          tokenizer.
+        """
+        tokenizer = self.llm_engine.tokenizer
+        if tokenizer is None:
+            raise ValueError("messages need a chat template, and the engine has no tokenizer (skip_tokenizer_init)")
+        texts = [
+            tokenizer.apply_chat_template(
+                one, tools, chat_template, add_generation_prompt, continue_final_message, **(chat_template_kwargs or {})
+            )
+            for one in as_conversations(messages)
+        ]
+        encoded = tokenizer.encode_all(texts, add_special_tokens=False)  # the template has written them
+        prompts = [{"prompt": text, "prompt_token_ids": ids} for text, ids in zip(texts, encoded, strict=True)]
+        return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+
+    def _finish(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        """The outputs of the given requests when all of them have finished."""
         finished: dict[str, RequestOutput] = {}
         with _ProgressBar(len(ids), use_tqdm) as bar, closing(self._run(ids)) as outputs:
             for output in outputs:
@@ -134,17 +183,6 @@ class LLM:
                 engine.drain()
 
 
-def as_prompts(prompts: Any) -> list[Any]:
-    """One prompt or many -> many. A sequence of ints is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, SequenceOf):
-        raise TypeError(f"prompts must be a prompt or a sequence of prompts, got {prompts!r:.100}")
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [list(prompts)]
-    return list(prompts)
-
-
 class _ProgressBar:
     """vLLM's bar: "Processed prompts", with input and output tokens per second."""
 
@@ -196,4 +234,4 @@ def generate(
     if _kept is None or _kept[0] != wanted:
         _kept = None  # the old engine's memory is needed for the new one
         _kept = (wanted, LLM(**wanted))
-    return _kept[1].generate(prompts, params, use_tqdm)
+    return _kept[1].generate(prompts, params, use_tqdm=use_tqdm)

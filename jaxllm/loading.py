@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -93,7 +92,8 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     params = _load_params(config, network, checkpoint, params, adapter)
     loaded = time.perf_counter()
     runner = ModelRunner(network, params, resolved, shrink_model_len=config.max_model_len is None)
-    engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer))
+    defaults = sampling_defaults(checkpoint.generation) if config.generation_config == "auto" else {}
+    engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer), defaults)
     logger.info(
         "%s on %s, %s: %d KV pages of %d tokens (%.2f GiB); start-up %.1f s, of which loading %.1f",
         model_config.architecture, device.device_kind, network.dtype.name, runner.num_pages, resolved.block_size,
@@ -102,11 +102,8 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     return engine
 
 
-def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
-    """The SamplingParams fields that the checkpoint's generation_config.json sets."""
-    if config.generation_config != "auto" or isinstance(config.model, Mapping):
-        return {}
-    generation = open_checkpoint(dataclasses.replace(config, model=config.model or DEFAULT_MODEL)).generation
+def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The SamplingParams fields that the dict of a generation_config.json sets."""
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
     names["repetition_penalty"] = "repetition_penalty"
     names["max_new_tokens"] = "max_tokens"
