@@ -72,6 +72,9 @@ class EngineConfig:
         None, 'texts around a model\'s reasoning, for thinking_token_budget: {"reasoning_start_str": ..., '
         '"reasoning_end_str": ...}'
     )  # fmt: skip
+    profiler_dir: str | None = option(
+        None, "where LLM.start_profile has the JAX profiler write; none: the environment's JAXLLM_PROFILER_DIR"
+    )
     use_tqdm_on_load: bool = option(True, "progress bars while loading and compiling")
 
     def __post_init__(self) -> None:

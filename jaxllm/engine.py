@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxllm.config import EngineConfig
 from jaxllm.logprobs import PromptLogprobs
+from jaxllm.metrics import EngineMetrics, Metric
 from jaxllm.outputs import RequestMetrics, RequestOutput
 from jaxllm.runner.logprobs import WHOLE_VOCABULARY
 from jaxllm.runner.model_runner import ModelRunner, RunnerResult
@@ -26,6 +27,7 @@ from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.sampling_specs import SamplingSpecs
 from jaxllm.scheduling import EngineLoop, FinishReason, Request, Scheduler, SchedulerConfig, StepOutput, make_policy
 from jaxllm.sequence import Sequence
+from jaxllm.sleep import SleepMode
 from jaxllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class LLMEngine:
         reported as `stop_reason`.
       sampling_defaults: the SamplingParams fields that the model's generation_config.json sets, for callers that give
         none; the engine itself does not look at them.
+      reload: reads the weights again, for sleep mode's level 2; None where they came from memory.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class LLMEngine:
         tokenizer: Tokenizer | None,
         eos_token_ids: SequenceOf[int] = (),
         sampling_defaults: Mapping[str, Any] | None = None,
+        reload: Callable[[], Any] | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.eos_token_ids = runner, tokenizer, tuple(eos_token_ids)
         self.sampling_defaults = dict(sampling_defaults or {})
@@ -129,6 +133,8 @@ class LLMEngine:
             # The log probabilities of a whole vocabulary are too much to keep for several steps.
             max_steps=1 if config.max_logprobs == WHOLE_VOCABULARY else config.num_scheduler_steps,
         )
+        self._sleep_mode = SleepMode(runner, reload)
+        self._metrics = EngineMetrics(self.scheduler)
         self._specs = SamplingSpecs(config, runner.network.config.vocab_size, tokenizer)
         self._groups: dict[str, _Group] = {}
         self._of_request: dict[str, tuple[_Group, Sequence]] = {}
@@ -152,6 +158,7 @@ class LLMEngine:
 
         Raises: ValueError or TypeError naming the field, the value and what is allowed.
         """
+        self._check_awake()
         params = SamplingParams.of(params)
         text, ids = self._tokens_of(prompt)
         ids = self._truncated(ids, params)
@@ -177,8 +184,9 @@ class LLMEngine:
           arrival_time: on time.monotonic's clock; None: now.
           streaming: return an output after each of its tokens, as `output_kind` says; else only the final one.
 
-        Raises: ValueError, TypeError or RequestTooLong, before anything of it is queued.
+        Raises: ValueError, TypeError or RequestTooLong, before anything of it is queued; RuntimeError in sleep mode.
         """
+        self._check_awake()
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is already in use")
         ready = prompt if isinstance(prompt, PreparedRequest) else self.prepare(prompt, params)
@@ -210,6 +218,40 @@ class LLMEngine:
     @property
     def num_unfinished_requests(self) -> int:
         return len(self._groups)
+
+    # --- the whole engine
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has done so far and holds now, under vLLM's names."""
+        unfinished = ([sequence.request for sequence in group.sequences] for group in self._groups.values())
+        return self._metrics.read(unfinished)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes. Running requests are not disturbed."""
+        self.scheduler.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the device's memory: see jaxllm.sleep.SleepMode. Raises RuntimeError while requests are unfinished."""
+        if self.has_unfinished_requests():
+            raise RuntimeError(f"the engine has {self.num_unfinished_requests} unfinished requests: it cannot sleep")
+        self.drain()
+        self._sleep_mode.sleep(level)
+        self.scheduler.reset_prefix_cache()
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """Restores what `sleep` has freed, "weights" and "kv_cache"; None: both."""
+        self._sleep_mode.wake_up(tags)
+
+    @property
+    def is_sleeping(self) -> bool:
+        return bool(self._sleep_mode.missing)
+
+    def _check_awake(self) -> None:
+        if self.is_sleeping:
+            raise RuntimeError(
+                f"the engine is asleep, without its {' and '.join(sorted(self._sleep_mode.missing))}: call wake_up() "
+                f"before requests"
+            )
 
     # --- steps
 
@@ -285,6 +327,7 @@ class LLMEngine:
 
     def _forget(self, group: _Group) -> None:
         del self._groups[group.request_id]
+        self._metrics.take([sequence.request for sequence in group.sequences], time.monotonic())
         for sequence in group.sequences:
             del self._of_request[sequence.request.id]
             self._num_watched -= self._is_watched(group, sequence)

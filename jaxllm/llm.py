@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -14,10 +16,13 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine import LLMEngine, PreparedRequest, Prompt
 from jaxllm.interrupts import deferred_interrupt
 from jaxllm.loading import build_engine
+from jaxllm.metrics import Metric
+from jaxllm.models.interface import Params
 from jaxllm.outputs import RequestOutput
 from jaxllm.prompts import Message, as_conversations, as_prompts, refuse, with_token_ids
 from jaxllm.sampling_params import SamplingParams
 
+ResultT = TypeVar("ResultT")
 ParamsLike = SamplingParams | Mapping[str, Any]
 
 
@@ -39,6 +44,11 @@ class LLM:
         self.config = EngineConfig.create(model=model, tokenizer=tokenizer, **engine_args)
         self.llm_engine: LLMEngine = build_engine(self.config, params)
         self._ids = itertools.count()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> LLM:
+        """An LLM of these settings (EngineArgs is another name of EngineConfig)."""
+        return cls(**{one.name: getattr(engine_args, one.name) for one in dataclasses.fields(EngineConfig)})
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; None with skip_tokenizer_init."""
@@ -115,6 +125,58 @@ class LLM:
         encoded = tokenizer.encode_all(texts, add_special_tokens=False)  # the template has written them
         prompts = [{"prompt": text, "prompt_token_ids": ids} for text, ids in zip(texts, encoded, strict=True)]
         return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+
+    # --- the engine
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has done so far and holds now: jaxllm.metrics objects under vLLM's names."""
+        return self.llm_engine.get_metrics()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets the KV of all earlier prompts. Returns True, as vLLM does when it has worked."""
+        self.llm_engine.reset_prefix_cache()
+        return True
+
+    def apply_model(self, func: Callable[[Params], ResultT]) -> list[ResultT]:
+        """`func` of the weights, a nested dict of arrays on the device; a list of its results, one a worker: of one.
+
+        The weights stay what they are, whatever it returns.
+        """
+        if self.llm_engine.is_sleeping:
+            raise RuntimeError("the engine is asleep: call wake_up() before apply_model()")
+        return [func(self.llm_engine.runner.params)]
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the device's memory until `wake_up`: the KV pages, with the cached prefixes, and the weights.
+
+        Args:
+          level: 1 keeps the weights in host memory; 2 drops them, and `wake_up` reads the checkpoint again.
+
+        Raises: ValueError for another level, or level 2 with weights given as `params`.
+        """
+        self.llm_engine.sleep(level)
+
+    def wake_up(self, tags: SequenceOf[str] | None = None) -> None:
+        """Restores what `sleep` has freed: "weights", "kv_cache", or None for both. Requests need both."""
+        self.llm_engine.wake_up(tags)
+
+    def start_profile(self) -> None:
+        """Has the JAX profiler record until `stop_profile`, into the folder `profiler_dir` or $JAXLLM_PROFILER_DIR.
+
+        Raises: ValueError if neither is set; RuntimeError if a profile is being taken already.
+        """
+        import jax
+
+        folder = self.config.profiler_dir or os.environ.get("JAXLLM_PROFILER_DIR")
+        if not folder:
+            raise ValueError("no folder for profiles: set LLM(profiler_dir=...) or JAXLLM_PROFILER_DIR")
+        jax.profiler.start_trace(folder)
+
+    def stop_profile(self) -> None:
+        """Ends the recording and writes it. Raises RuntimeError if there is none."""
+        import jax
+
+        jax.profiler.stop_trace()
 
     def _finish(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         """The outputs of the given requests when all of them have finished."""

@@ -89,11 +89,17 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     tokenizer = _load_tokenizer(config, checkpoint)
     if tokenizer is not None:
         tokenizer.fit_vocabulary(model_config.vocab_size)
-    params = _load_params(config, network, checkpoint, params, adapter)
+
+    def load() -> Any:
+        return _load_params(config, network, checkpoint, params, adapter)
+
+    weights = load()
     loaded = time.perf_counter()
-    runner = ModelRunner(network, params, resolved, shrink_model_len=config.max_model_len is None)
+    runner = ModelRunner(network, weights, resolved, shrink_model_len=config.max_model_len is None)
     defaults = sampling_defaults(checkpoint.generation) if config.generation_config == "auto" else {}
-    engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer), defaults)
+    reload = load if params is None else None
+    del weights  # or sleep mode could not free them
+    engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer), defaults, reload)
     logger.info(
         "%s on %s, %s: %d KV pages of %d tokens (%.2f GiB); start-up %.1f s, of which loading %.1f",
         model_config.architecture, device.device_kind, network.dtype.name, runner.num_pages, resolved.block_size,

@@ -125,11 +125,16 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Fresh KV pages and device state: at the start, and after a failed step has taken the donated ones with it."""
-        self._kv = self._state = None  # first, or there would be two
+        self.release()  # first, or there would be two
         kv, state = self._abstract_state(self.num_pages)
         self._kv = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kv)
         self._state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
         self._host_sampling.reset()
+
+    def release(self) -> None:
+        """Frees the KV pages and the device state; `reset` makes new ones."""
+        self._kv = self._state = None
+        self._host_sampling.release()
 
     def submit(self, plan: StepPlan) -> RunnerPending:
         """Hands a plan to the device and returns without waiting for it."""
@@ -211,7 +216,13 @@ class ModelRunner:
             return Executables(self._lower)
         # Whatever has no part in a program, or no repr of its own.
         config = dataclasses.replace(
-            self.config, model=None, tokenizer=None, hf_overrides=None, scheduling_policy="fcfs", seed=0
+            self.config,
+            model=None,
+            tokenizer=None,
+            hf_overrides=None,
+            scheduling_policy="fcfs",
+            seed=0,
+            profiler_dir=None,
         )
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), self.params)
         ingredients = (self.network.config, self._kv_dtype, config, self.max_pages, self.num_pages, shapes)
