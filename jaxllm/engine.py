@@ -203,14 +203,14 @@ class LLMEngine:
             self._num_watched += self._is_watched(group, sequence)
         self._groups[request_id] = group
 
-    def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """Ends requests; unknown ids are ignored. They give no further output."""
-        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
-            group = self._groups.get(request_id)
-            if group is not None:
-                for sequence in group.sequences:
-                    self.scheduler.finish(sequence.request, FinishReason.ABORT, None, time.monotonic())
-                self._forget(group)
+    def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
+        """Ends requests; returns their last outputs, with finish_reason "abort". Unknown ids are ignored."""
+        groups = [self._groups.get(one) for one in ([request_ids] if isinstance(request_ids, str) else request_ids)]
+        aborted = [group for group in groups if group is not None]
+        for group in aborted:
+            for sequence in group.sequences:
+                self.scheduler.finish(sequence.request, FinishReason.ABORT, None, time.monotonic())
+        return [self._hand_out(group) for group in aborted]
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._groups)
