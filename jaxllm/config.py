@@ -72,6 +72,10 @@ class EngineConfig:
         None, 'texts around a model\'s reasoning, for thinking_token_budget: {"reasoning_start_str": ..., '
         '"reasoning_end_str": ...}'
     )  # fmt: skip
+    pooler_config: dict[str, Any] | None = option(
+        None, 'how embeddings are made: {"pooling_type": "MEAN", "LAST" or "CLS", "use_activation": normalize or not}; '
+        "none: as the checkpoint says, else the last token's, normalized"
+    )  # fmt: skip
     profiler_dir: str | None = option(
         None, "where LLM.start_profile has the JAX profiler write; none: the environment's JAXLLM_PROFILER_DIR"
     )

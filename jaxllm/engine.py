@@ -20,9 +20,11 @@ import numpy as np
 from jaxllm.config import EngineConfig
 from jaxllm.logprobs import PromptLogprobs
 from jaxllm.metrics import EngineMetrics, Metric
-from jaxllm.outputs import RequestMetrics, RequestOutput
+from jaxllm.outputs import PoolingRequestOutput, RequestMetrics, RequestOutput
+from jaxllm.pooling import PooledVector, PoolerConfig, PoolingParams, embedding, probabilities
 from jaxllm.runner.logprobs import WHOLE_VOCABULARY
 from jaxllm.runner.model_runner import ModelRunner, RunnerResult
+from jaxllm.runner.sampler import SamplingSpec
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.sampling_specs import SamplingSpecs
 from jaxllm.scheduling import EngineLoop, FinishReason, Request, Scheduler, SchedulerConfig, StepOutput, make_policy
@@ -78,6 +80,21 @@ class _Group:
         return sorted(self.sequences, key=lambda sequence: sequence.cumulative_logprob, reverse=True)[:n]
 
 
+@dataclass
+class _PoolingGroup(_Group):
+    """A request for a vector of its prompt: one sequence, whose token nobody wants."""
+
+    vector: PooledVector | None = None
+    finish: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def output(self) -> PoolingRequestOutput[Any]:
+        reason = self.sequences[0].request.finish_reason
+        if reason is not FinishReason.LENGTH:
+            return PoolingRequestOutput(self.request_id, None, self.prompt_token_ids, finish_reason=str(reason))
+        assert self.vector is not None and self.finish is not None
+        return PoolingRequestOutput(self.request_id, self.finish(self.vector.value), self.prompt_token_ids)
+
+
 @dataclass(frozen=True)
 class PreparedRequest:
     """A request that has passed every check and can be added."""
@@ -85,6 +102,15 @@ class PreparedRequest:
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
+
+
+@dataclass(frozen=True)
+class PreparedPooling:
+    """The same of a request for a vector."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: PoolingParams
 
 
 class LLMEngine:
@@ -98,6 +124,8 @@ class LLMEngine:
       sampling_defaults: the SamplingParams fields that the model's generation_config.json sets, for callers that give
         none; the engine itself does not look at them.
       reload: reads the weights again, for sleep mode's level 2; None where they came from memory.
+      pooler: how hidden states become a vector.
+      problem_type: of a classifier, as in its config.json; decides what its probabilities are.
     """
 
     def __init__(
@@ -107,9 +135,12 @@ class LLMEngine:
         eos_token_ids: SequenceOf[int] = (),
         sampling_defaults: Mapping[str, Any] | None = None,
         reload: Callable[[], Any] | None = None,
+        pooler: PoolerConfig | None = None,
+        problem_type: str | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.eos_token_ids = runner, tokenizer, tuple(eos_token_ids)
         self.sampling_defaults = dict(sampling_defaults or {})
+        self._pooler, self._problem_type = pooler or PoolerConfig(), problem_type
         self.config: EngineConfig = runner.config
         config = self.config
         self.scheduler = Scheduler(
@@ -159,6 +190,8 @@ class LLMEngine:
         Raises: ValueError or TypeError naming the field, the value and what is allowed.
         """
         self._check_awake()
+        if self.num_labels:
+            raise ValueError(f"{self.runner.network.config.architecture} classifies and does not generate text")
         params = SamplingParams.of(params)
         text, ids = self._tokens_of(prompt)
         ids = self._truncated(ids, params)
@@ -202,6 +235,67 @@ class LLMEngine:
             self._of_request[request.id] = (group, sequence)
             self._num_watched += self._is_watched(group, sequence)
         self._groups[request_id] = group
+
+    def prepare_pooling(self, prompt: Prompt, params: PoolingParams) -> PreparedPooling:
+        """Tokenizes and checks a request for an embedding or classes; `params.task` says which.
+
+        Raises: ValueError or TypeError naming the field, the value and what is allowed.
+        """
+        self._check_awake()
+        text, ids = self._tokens_of(prompt)
+        kept = params.truncate_prompt_tokens
+        ids = ids if kept is None else ids[-(self.config.max_model_len - 1 if kept == -1 else kept) :]
+        config = self.runner.network.config
+        if params.task == "classify" and not self.num_labels:
+            raise ValueError(f"{config.architecture} has no classes: it is no sequence classifier")
+        if params.dimensions is not None and params.dimensions > config.hidden_size:
+            raise ValueError(f"dimensions={params.dimensions} must be at most the model's {config.hidden_size}")
+        self.scheduler.check_fits(len(ids), 1)
+        return PreparedPooling(text, ids, params)
+
+    def add_pooling_request(self, request_id: str, ready: PreparedPooling, *, priority: int = 0) -> None:
+        """Queues a request for a vector; `step` returns its PoolingRequestOutput, of a NumPy array f32[...].
+
+        Raises: ValueError if the id is in use; RuntimeError in sleep mode.
+        """
+        self._check_awake()
+        if request_id in self._groups:
+            raise ValueError(f"request_id {request_id!r} is already in use")
+        ids, arrival, pooling = ready.prompt_token_ids, time.monotonic(), self._pooler.pooling
+        if ready.params.task == "classify":
+            pooling = "last"
+        request = Request(
+            id=f"{request_id}/0",
+            prompt=np.array(ids, np.int32),
+            max_new_tokens=1,
+            priority=priority,
+            arrival=arrival,
+            cache_salt=self._cache_salt(len(ids)),
+            skip_reading_prefix_cache=True,  # cached tokens have no hidden states
+            stepwise=True,  # a burst of decode steps returns no hidden states either
+            sampling=SamplingSpec(pooling=pooling),
+        )
+        self.scheduler.add(request, arrival)
+        unused = SamplingParams(max_tokens=1, detokenize=False)
+        sequence = Sequence(request, 0, unused, None, None)
+        logprobs = PromptLogprobs(unused, ids, lambda token: None)
+        vector = PooledVector(pooling, len(ids))
+        group = _PoolingGroup(
+            request_id, ready.prompt, ids, unused, logprobs, [sequence], False, arrival,
+            vector=vector, finish=lambda values: self._finish_vector(values, ready.params),
+        )  # fmt: skip
+        self._groups[request_id] = group
+        self._of_request[request.id] = (group, sequence)
+
+    @property
+    def num_labels(self) -> int:
+        """Of a sequence classifier; 0 for a model that generates."""
+        return self.runner.network.config.num_labels
+
+    def _finish_vector(self, vector: np.ndarray, params: PoolingParams) -> np.ndarray:
+        if params.task == "classify":
+            return probabilities(self.runner.classify(vector), params, self._pooler, self._problem_type)
+        return embedding(vector, params, self._pooler)
 
     def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
         """Ends requests; returns their last outputs, with finish_reason "abort". Unknown ids are ignored."""
@@ -277,6 +371,9 @@ class LLMEngine:
         for request, first, logprobs in result.prompt_scores or ():
             if (found := self._of_request.get(request.id)) and found[1].request is request:
                 found[0].prompt_logprobs.take(first, logprobs)
+        for request, start, part in result.pooled or ():
+            if (found := self._of_request.get(request.id)) and found[1].request is request:
+                found[0].vector.take(start, part)
         if self._num_watched:
             for request, tokens, row in zip(output.requests, output.tokens, output.rows.tolist(), strict=True):
                 group, sequence = self._of_request[request.id]

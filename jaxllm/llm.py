@@ -18,11 +18,23 @@ from jaxllm.interrupts import deferred_interrupt
 from jaxllm.loading import build_engine
 from jaxllm.metrics import Metric
 from jaxllm.models.interface import Params
-from jaxllm.outputs import RequestOutput
+from jaxllm.outputs import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from jaxllm.pooling import TASKS, PoolingParams
 from jaxllm.prompts import Message, as_conversations, as_prompts, refuse, with_token_ids
 from jaxllm.sampling_params import SamplingParams
 
 ResultT = TypeVar("ResultT")
+PoolingLike = PoolingParams | Mapping[str, Any]
 ParamsLike = SamplingParams | Mapping[str, Any]
 
 
@@ -126,6 +138,100 @@ class LLM:
         prompts = [{"prompt": text, "prompt_token_ids": ids} for text, ids in zip(texts, encoded, strict=True)]
         return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
 
+    # --- vectors
+
+    def embed(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """Each prompt's embedding, of the hidden states after the last norm.
+
+        Args:
+          prompts: as in `generate`.
+          pooling_params: one for all, or one a prompt; a dict of fields will do. How tokens become one vector, and
+            whether it is normalized, is the engine's `pooler_config`, or what the checkpoint says.
+        """
+        pooled = self._pool(prompts, pooling_params, "embed", use_tqdm)
+        return [_with(EmbeddingRequestOutput, one, EmbeddingOutput(one.outputs.tolist())) for one in pooled]
+
+    def classify(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[ClassificationRequestOutput]:
+        """Each prompt's class probabilities, by a sequence classifier; arguments as in `embed`."""
+        pooled = self._pool(prompts, pooling_params, "classify", use_tqdm)
+        return [_with(ClassificationRequestOutput, one, ClassificationOutput(one.outputs.tolist())) for one in pooled]
+
+    def encode(
+        self,
+        prompts: Prompt | SequenceOf[Prompt] | None = None,
+        pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
+        prompt_token_ids: SequenceOf[int] | SequenceOf[SequenceOf[int]] | None = None,
+        use_tqdm: bool = True,
+        *,
+        pooling_task: str | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """What `pooling_task`, "embed" or "classify", makes of each prompt, as an array; None: what the model is for."""
+        task = pooling_task or ("classify" if self.llm_engine.num_labels else "embed")
+        if task not in TASKS:
+            raise ValueError(f"pooling_task must be one of {', '.join(TASKS)}, got {pooling_task!r}")
+        pooled = self._pool(with_token_ids(prompts, prompt_token_ids), pooling_params, task, use_tqdm)
+        return [_with(PoolingRequestOutput, one, PoolingOutput(one.outputs)) for one in pooled]
+
+    def score(
+        self, data_1: str | SequenceOf[str], data_2: str | SequenceOf[str], *, use_tqdm: bool = True
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go together, pair by pair; one text in `data_1` goes with each of `data_2`.
+
+        A reranker (a sequence classifier with one label) is given both texts of a pair; of other models it is the
+        cosine of their embeddings.
+
+        Raises: ValueError for lists of other lengths, or a classifier with more labels.
+        """
+        first = [data_1] if isinstance(data_1, str) else list(data_1)
+        second = [data_2] if isinstance(data_2, str) else list(data_2)
+        first *= len(second) if len(first) == 1 else 1
+        if len(first) != len(second):
+            raise ValueError(f"data_1 has {len(first)} texts and data_2 {len(second)}: it must be 1 or as many")
+        if self.llm_engine.num_labels:
+            return self._rerank(first, second, use_tqdm)
+        pooled = self._pool([*first, *second], PoolingParams(use_activation=True), "embed", use_tqdm)
+        pairs = zip(pooled[: len(first)], pooled[len(first) :], strict=True)
+        return [_with(ScoringRequestOutput, a, ScoringOutput(float(a.outputs @ b.outputs))) for a, b in pairs]
+
+    def _rerank(self, first: list[str], second: list[str], use_tqdm: bool) -> list[ScoringRequestOutput]:
+        engine = self.llm_engine
+        if engine.num_labels != 1 or engine.tokenizer is None:
+            raise ValueError(f"score needs a tokenizer and a classifier with 1 label, this has {engine.num_labels}")
+        prompts = [{"prompt_token_ids": engine.tokenizer.encode_pair(a, b)} for a, b in zip(first, second, strict=True)]
+        pooled = self._pool(prompts, None, "classify", use_tqdm)
+        return [_with(ScoringRequestOutput, one, ScoringOutput(float(one.outputs[0]))) for one in pooled]
+
+    def _pool(self, prompts: Any, params: Any, task: str, use_tqdm: bool) -> list[PoolingRequestOutput[Any]]:
+        """One output a prompt, of a NumPy array f32[...]; all are checked before any is queued."""
+        engine, prompts = self.llm_engine, self.llm_engine.tokenize(as_prompts(prompts))
+        every = [params] * len(prompts) if isinstance(params, PoolingParams | Mapping | None) else list(params)
+        if len(every) != len(prompts):
+            raise ValueError(f"pooling_params has {len(every)} entries for {len(prompts)} prompts")
+        ready = [
+            engine.prepare_pooling(prompt, PoolingParams.of(one, task))
+            for prompt, one in zip(prompts, every, strict=True)
+        ]
+        ids = [str(next(self._ids)) for _ in ready]
+        for request_id, one in zip(ids, ready, strict=True):
+            engine.add_pooling_request(request_id, one)
+        outputs = self._finish(ids, use_tqdm)
+        for i, output in enumerate(outputs):
+            if output.finish_reason != "stop":
+                raise RuntimeError(f"the step that computed prompt {i} failed: see the log")
+        return outputs
+
     # --- the engine
 
     def get_metrics(self) -> list[Metric]:
@@ -178,7 +284,7 @@ class LLM:
 
         jax.profiler.stop_trace()
 
-    def _finish(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _finish(self, ids: list[str], use_tqdm: bool) -> list[Any]:
         """The outputs of the given requests when all of them have finished."""
         finished: dict[str, RequestOutput] = {}
         with _ProgressBar(len(ids), use_tqdm) as bar, closing(self._run(ids)) as outputs:
@@ -245,6 +351,10 @@ class LLM:
                 engine.drain()
 
 
+def _with(kind: type, pooled: PoolingRequestOutput[Any], outputs: Any) -> Any:
+    return kind(pooled.request_id, outputs, pooled.prompt_token_ids)
+
+
 class _ProgressBar:
     """vLLM's bar: "Processed prompts", with input and output tokens per second."""
 
@@ -264,9 +374,10 @@ class _ProgressBar:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def update(self, output: RequestOutput) -> None:
+    def update(self, output: RequestOutput | PoolingRequestOutput[Any]) -> None:
         self._tokens_in += len(output.prompt_token_ids)
-        self._tokens_out += sum(len(one.token_ids) for one in output.outputs)
+        if isinstance(output, RequestOutput):
+            self._tokens_out += sum(len(one.token_ids) for one in output.outputs)
         elapsed = self._bar.format_dict["elapsed"] or 1e-9
         speed_in, speed_out = self._tokens_in / elapsed, self._tokens_out / elapsed
         self._bar.postfix = f"est. speed input: {speed_in:.2f} toks/s, output: {speed_out:.2f} toks/s"

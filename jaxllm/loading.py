@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig, resolve
 from jaxllm.engine import LLMEngine
+from jaxllm.pooling import PoolerConfig
 from jaxllm.scheduling import make_policy
 from jaxllm.tokenizer import Tokenizer
 
@@ -90,6 +91,10 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     if tokenizer is not None:
         tokenizer.fit_vocabulary(model_config.vocab_size)
 
+    pooler = PoolerConfig.of_checkpoint(checkpoint.folder)
+    if config.pooler_config is not None:
+        pooler = PoolerConfig.of(config.pooler_config)
+
     def load() -> Any:
         return _load_params(config, network, checkpoint, params, adapter)
 
@@ -99,7 +104,9 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     defaults = sampling_defaults(checkpoint.generation) if config.generation_config == "auto" else {}
     reload = load if params is None else None
     del weights  # or sleep mode could not free them
-    engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer), defaults, reload)
+    problem_type = checkpoint.config.get("problem_type")
+    eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
+    engine = LLMEngine(runner, tokenizer, eos_token_ids, defaults, reload, pooler, problem_type)
     logger.info(
         "%s on %s, %s: %d KV pages of %d tokens (%.2f GiB); start-up %.1f s, of which loading %.1f",
         model_config.architecture, device.device_kind, network.dtype.name, runner.num_pages, resolved.block_size,
