@@ -131,6 +131,9 @@ class AsyncLLM:
         return await asyncio.wrap_future(self._worker.call(function))
 
 
+AsyncLLMEngine = AsyncLLM  # its name in older versions of vLLM
+
+
 class _Stream:
     """One request's outputs, on their way from the engine's thread to an event loop."""
 

@@ -177,7 +177,10 @@ class LLM:
         *,
         pooling_task: str | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """What `pooling_task`, "embed" or "classify", makes of each prompt, as an array; None: what the model is for."""
+        """What `pooling_task`, "embed" or "classify", makes of each prompt, as an array; None: what the model is for.
+
+        The other arguments are as in `embed`; `prompt_token_ids` as in `generate`.
+        """
         task = pooling_task or ("classify" if self.llm_engine.num_labels else "embed")
         if task not in TASKS:
             raise ValueError(f"pooling_task must be one of {', '.join(TASKS)}, got {pooling_task!r}")

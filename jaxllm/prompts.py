@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 Message = dict[str, Any]
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, with its text or without."""
+
+    prompt_token_ids: Sequence[int]
+    prompt: NotRequired[str]
+
+
+PromptType = str | Sequence[int] | TextPrompt | TokensPrompt
+"""What vLLM calls a prompt in whatever form."""
 
 
 def as_prompts(prompts: Any) -> list[Any]:

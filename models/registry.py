@@ -140,6 +140,13 @@ def build(config: ModelConfig, dtype=None) -> Network:
     return Network(module, config, dtype, packed)
 
 
+class ModelRegistry:
+    """vLLM's names for `register_model` and `supported_architectures`."""
+
+    register_model = staticmethod(register_model)
+    get_supported_archs = staticmethod(supported_architectures)
+
+
 def _targets() -> dict[str, str | type]:
     others = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
     return others | _MODELS
