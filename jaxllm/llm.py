@@ -67,6 +67,10 @@ class LLM:
         tokenizer = self.llm_engine.tokenizer
         return None if tokenizer is None else tokenizer.hf
 
+    def get_world_size(self) -> int:
+        """How many devices the model is spread over: one."""
+        return 1
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when given none: the defaults, with what the model's generation_config.json sets."""
         return SamplingParams(**self.llm_engine.sampling_defaults)
