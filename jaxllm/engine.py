@@ -299,8 +299,8 @@ class LLMEngine:
 
     def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
         """Ends requests; returns their last outputs, with finish_reason "abort". Unknown ids are ignored."""
-        groups = [self._groups.get(one) for one in ([request_ids] if isinstance(request_ids, str) else request_ids)]
-        aborted = [group for group in groups if group is not None]
+        wanted = dict.fromkeys([request_ids] if isinstance(request_ids, str) else request_ids)
+        aborted = [self._groups[one] for one in wanted if one in self._groups]
         for group in aborted:
             for sequence in group.sequences:
                 self.scheduler.finish(sequence.request, FinishReason.ABORT, None, time.monotonic())

@@ -265,6 +265,8 @@ class LLM:
         Args:
           level: 1 keeps the weights in host memory; 2 drops them, and `wake_up` reads the checkpoint again.
 
+        The memory is free for other JAX work of this process; for other processes see jaxllm.sleep.
+
         Raises: ValueError for another level, or level 2 with weights given as `params`.
         """
         self.llm_engine.sleep(level)

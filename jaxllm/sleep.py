@@ -1,4 +1,8 @@
-"""Sleep mode: an engine that gives its device memory to others for a while, and takes it back."""
+"""Sleep mode: an engine frees its device memory for a while, for other work of the same process.
+
+Freed memory goes back to JAX's allocator, which keeps it for this process: other processes get it only where JAX runs
+with XLA_PYTHON_CLIENT_ALLOCATOR=platform.
+"""
 
 from __future__ import annotations
 

@@ -100,8 +100,7 @@ def test_abort_ends_with_one_more_output(llm):
     async def main():
         stream = llm.generate(PROMPTS[0], greedy(200), "a")
         await anext(stream)
-        await llm.abort("a")
-        await llm.abort("never heard of")
+        await llm.abort(["a", "a", "never heard of"])
         return [output async for output in stream]
 
     outputs = asyncio.run(main())
