@@ -9,11 +9,11 @@ import pytest
 
 from jaxllm.models import build, read_config
 from jaxllm.models.weights import save_checkpoint
+from jaxllm.runner.model_runner import ModelRunner
 from jaxllm.tokenizer_formats.tiktoken_file import GLM4_WORDS, QWEN_WORDS
 from tests.tokenizer_folders import byte_level_bpe, tiktoken_ranks, write_ranks
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.slow
 
 TINY = dict(
     num_hidden_layers=1,
@@ -83,7 +83,8 @@ def write_tiktoken(folder: Path, file: str, words: str, tokenizer_class: str) ->
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jaxllm.runner.executables.on_late_compilation", "raise")
+    # As with enforce_eager, only the shapes that are met are compiled: all of them take a minute on a CPU.
+    monkeypatch.setattr(ModelRunner, "_warm_up", lambda runner: None)
     return tmp_path
 
 
