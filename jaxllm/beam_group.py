@@ -110,7 +110,7 @@ class BeamGroup:
             self.sequences = [one.item for one in self.search.finished]
             self.finished = True
         else:  # there was nothing that might follow
-            self.fail()
+            self.end(FinishReason.ERROR)
 
     def _grow(self, beam: BeamSequence, token: int) -> tuple[BeamSequence, bool]:
         tokens = [*beam.request.output_token_ids[: self._length], token]
@@ -124,11 +124,11 @@ class BeamGroup:
             request.finish_reason = reason
         return child, request.finish_reason is not None
 
-    def fail(self) -> None:
-        """Ends the search where it stands: what the beams have so far are answers with finish_reason "error"."""
+    def end(self, reason: FinishReason) -> None:
+        """Ends the search where it stands: what the beams have so far are its answers."""
         for sequence in self.sequences:
             del sequence.request.output_token_ids[self._length :]  # sampled, but no beam's
-            sequence.request.finish_reason = FinishReason.ERROR
+            sequence.request.finish_reason = reason
         self.finished = True
 
     def output(self) -> RequestOutput:

@@ -17,6 +17,50 @@ QUANTIZATIONS = ("int8", "fp8", "int4", "gptq", "awq", "compressed-tensors")
 REASONING_MARKERS = {"reasoning_start_str", "reasoning_end_str"}
 
 
+_ALWAYS = None  # whatever the value, nothing is different
+# vLLM's arguments that are no fields here: the values that ask for nothing, and why others are refused.
+NOT_HONOURED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "allowed_local_media_path": ((None, ""), "models take text alone"),
+    "code_revision": ((None,), "no code of a checkpoint's model is run"),
+    "compilation_config": ((None,), "shapes are compiled from max_num_seqs and max_num_batched_tokens"),
+    "convert": (("auto", "none"), "an architecture is used as what it is"),
+    "cpu_offload_gb": ((0,), "weights stay on the device"),
+    "data_parallel_size": ((None, 1), "one device is used"),
+    "device": ((None, "auto", "cuda"), "JAX_PLATFORMS chooses it"),
+    "disable_custom_all_reduce": (_ALWAYS, "there is none"),
+    "disable_log_requests": (_ALWAYS, "requests are not logged"),
+    "disable_log_stats": (_ALWAYS, "statistics are not logged: LLM.get_metrics has them"),
+    "disable_sliding_window": ((False,), "windows are the model's"),
+    "distributed_executor_backend": ((None,), "one device is used"),
+    "enable_log_requests": ((None, False), "requests are not logged"),
+    "enable_lora": ((None, False), "adapters are merged while loading: lora=folder"),
+    "engine_use_ray": ((False,), "one process is used"),
+    "guided_decoding_backend": ((None, "auto"), "there is one"),
+    "hf_token": ((None,), "the environment's HF_TOKEN is used"),
+    "kv_cache_dtype": ((None, "auto"), "KV has the weights' dtype"),
+    "limit_mm_per_prompt": ((None, {}), "models take text alone"),
+    "logits_processors": ((None,), "they are a request's: SamplingParams(logits_processors=...)"),
+    "max_context_len_to_capture": (_ALWAYS, "no graphs are captured"),
+    "max_log_len": (_ALWAYS, "requests are not logged"),
+    "max_seq_len_to_capture": (_ALWAYS, "no graphs are captured"),
+    "mm_processor_kwargs": ((None, {}), "models take text alone"),
+    "pipeline_parallel_size": ((1,), "one device is used"),
+    "profiler_config": ((None,), "profiler_dir says where profiles go"),
+    "quantization_config": ((None,), "quantization names a method, or the checkpoint says it"),
+    "rope_scaling": ((None,), 'hf_overrides={"rope_scaling": ...} replaces it'),
+    "runner": (("auto", "generate", "pooling"), "an architecture is used as what it is"),
+    "served_model_name": ((None,), "there is no server"),
+    "speculative_config": ((None,), "there is no speculative decoding"),
+    "speculative_model": ((None,), "there is no speculative decoding"),
+    "structured_outputs_config": ((None,), "there is one backend"),
+    "swap_space": ((0, 4), "a preempted request is computed again, not swapped out"),
+    "task": ((None, "auto", "generate", "embed", "classify", "score"), "an architecture is used as what it is"),
+    "tokenizer_mode": (("auto",), "a tokenizer is loaded as its files say"),
+    "use_v2_block_manager": (_ALWAYS, "there is one"),
+    "worker_use_ray": ((False,), "one process is used"),
+}
+
+
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -76,6 +120,13 @@ class EngineConfig:
         None, 'texts around a model\'s reasoning, for thinking_token_budget: {"reasoning_start_str": ..., '
         '"reasoning_end_str": ...}'
     )  # fmt: skip
+    pooler_config: dict[str, Any] | None = option(
+        None, 'how embeddings are made: {"pooling_type": "MEAN", "LAST" or "CLS", "use_activation": normalize or not}; '
+        "none: as the checkpoint says, else the last token's, normalized"
+    )  # fmt: skip
+    profiler_dir: str | None = option(
+        None, "where LLM.start_profile has the JAX profiler write; none: the environment's JAXLLM_PROFILER_DIR"
+    )
     use_tqdm_on_load: bool = option(True, "progress bars while loading and compiling")
 
     def __post_init__(self) -> None:
@@ -104,9 +155,19 @@ class EngineConfig:
 
     @classmethod
     def create(cls, **fields: Any) -> EngineConfig:
-        """As the constructor, but an unknown field is answered with the nearest known one (TypeError)."""
-        check_known(fields, (one.name for one in dataclasses.fields(cls)), "EngineConfig")
-        return cls(**fields)
+        """As the constructor, for all of vLLM's arguments: those that are not honoured are refused by name.
+
+        Raises: besides the constructor's errors ValueError for an argument with a value that is not honoured; TypeError
+          for an unknown one, with the nearest known one.
+        """
+        known = [one.name for one in dataclasses.fields(cls)]
+        check_known(fields, [*known, *NOT_HONOURED], "EngineConfig")
+        for name in fields.keys() & NOT_HONOURED.keys():
+            allowed, reason = NOT_HONOURED[name]
+            if allowed is not _ALWAYS and fields[name] not in allowed:
+                some = " or ".join(map(repr, allowed))
+                raise ValueError(f"{name} must be {some}, got {fields[name]!r}: {reason}")
+        return cls(**{name: value for name, value in fields.items() if name in known})
 
     @property
     def page_size(self) -> int:
@@ -121,6 +182,13 @@ class EngineConfig:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
 
+
+def EngineArgs(**fields: Any) -> EngineConfig:
+    """vLLM's name for an engine's settings: EngineConfig.create."""
+    return EngineConfig.create(**fields)
+
+
+AsyncEngineArgs = EngineArgs
 
 _POSITIVE = (
     "max_model_len",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +20,17 @@ import numpy as np
 from jaxllm.beam_group import BeamGroup, BeamSequence, check_beam_search
 from jaxllm.config import EngineConfig
 from jaxllm.logprobs import PromptLogprobs
-from jaxllm.outputs import RequestMetrics, RequestOutput
+from jaxllm.metrics import EngineMetrics, Metric
+from jaxllm.outputs import PoolingRequestOutput, RequestMetrics, RequestOutput
+from jaxllm.pooling import PooledVector, PoolerConfig, PoolingParams, embedding, probabilities
 from jaxllm.runner.logprobs import WHOLE_VOCABULARY
 from jaxllm.runner.model_runner import ModelRunner, RunnerResult
+from jaxllm.runner.sampler import SamplingSpec
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.sampling_specs import SamplingSpecs
 from jaxllm.scheduling import EngineLoop, FinishReason, Request, Scheduler, SchedulerConfig, StepOutput, make_policy
 from jaxllm.sequence import Sequence
+from jaxllm.sleep import SleepMode
 from jaxllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,6 +81,21 @@ class _Group:
         return sorted(self.sequences, key=lambda sequence: sequence.cumulative_logprob, reverse=True)[:n]
 
 
+@dataclass
+class _PoolingGroup(_Group):
+    """A request for a vector of its prompt: one sequence, whose token nobody wants."""
+
+    vector: PooledVector | None = None
+    finish: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def output(self) -> PoolingRequestOutput[Any]:
+        reason = self.sequences[0].request.finish_reason
+        if reason is not FinishReason.LENGTH:
+            return PoolingRequestOutput(self.request_id, None, self.prompt_token_ids, finish_reason=str(reason))
+        assert self.vector is not None and self.finish is not None
+        return PoolingRequestOutput(self.request_id, self.finish(self.vector.value), self.prompt_token_ids)
+
+
 @dataclass(frozen=True)
 class PreparedRequest:
     """A request that has passed every check and can be added."""
@@ -84,6 +103,15 @@ class PreparedRequest:
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
+
+
+@dataclass(frozen=True)
+class PreparedPooling:
+    """The same of a request for a vector."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: PoolingParams
 
 
 class LLMEngine:
@@ -94,10 +122,26 @@ class LLMEngine:
       tokenizer: None to work with token ids alone.
       eos_token_ids: tokens that end an answer unless `ignore_eos`; the first is "the" end of sequence, the others are
         reported as `stop_reason`.
+      sampling_defaults: the SamplingParams fields that the model's generation_config.json sets, for callers that give
+        none; the engine itself does not look at them.
+      reload: reads the weights again, for sleep mode's level 2; None where they came from memory.
+      pooler: how hidden states become a vector.
+      problem_type: of a classifier, as in its config.json; decides what its probabilities are.
     """
 
-    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer | None, eos_token_ids: SequenceOf[int] = ()) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: SequenceOf[int] = (),
+        sampling_defaults: Mapping[str, Any] | None = None,
+        reload: Callable[[], Any] | None = None,
+        pooler: PoolerConfig | None = None,
+        problem_type: str | None = None,
+    ) -> None:
         self.runner, self.tokenizer, self.eos_token_ids = runner, tokenizer, tuple(eos_token_ids)
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self._pooler, self._problem_type = pooler or PoolerConfig(), problem_type
         self.config: EngineConfig = runner.config
         config = self.config
         self.scheduler = Scheduler(
@@ -121,6 +165,8 @@ class LLMEngine:
             # The log probabilities of a whole vocabulary are too much to keep for several steps.
             max_steps=1 if config.max_logprobs == WHOLE_VOCABULARY else config.num_scheduler_steps,
         )
+        self._sleep_mode = SleepMode(runner, reload)
+        self._metrics = EngineMetrics(self.scheduler)
         self._specs = SamplingSpecs(config, runner.network.config.vocab_size, tokenizer, self.eos_token_ids)
         self._groups: dict[str, _Group | BeamGroup] = {}
         self._of_request: dict[str, tuple[_Group | BeamGroup, Sequence]] = {}
@@ -144,6 +190,9 @@ class LLMEngine:
 
         Raises: ValueError or TypeError naming the field, the value and what is allowed.
         """
+        self._check_awake()
+        if self.num_labels:
+            raise ValueError(f"{self.runner.network.config.architecture} classifies and does not generate text")
         params = SamplingParams.of(params)
         text, ids = self._tokens_of(prompt)
         ids = self._truncated(ids, params)
@@ -172,8 +221,9 @@ class LLMEngine:
           arrival_time: on time.monotonic's clock; None: now.
           streaming: return an output after each of its tokens, as `output_kind` says; else only the final one.
 
-        Raises: ValueError, TypeError or RequestTooLong, before anything of it is queued.
+        Raises: ValueError, TypeError or RequestTooLong, before anything of it is queued; RuntimeError in sleep mode.
         """
+        self._check_awake()
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is already in use")
         ready = prompt if isinstance(prompt, PreparedRequest) else self.prepare(prompt, params)
@@ -190,13 +240,74 @@ class LLMEngine:
             self._of_request[sequence.request.id] = (group, sequence)
             self._num_watched += self._is_watched(group, sequence)
 
-    def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """Ends requests; unknown ids are ignored. They give no further output."""
-        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
-            group = self._groups.get(request_id)
-            if group is not None:
-                self._end_all(group, FinishReason.ABORT)
-                self._forget(group)
+    def prepare_pooling(self, prompt: Prompt, params: PoolingParams) -> PreparedPooling:
+        """Tokenizes and checks a request for an embedding or classes; `params.task` says which.
+
+        Raises: ValueError or TypeError naming the field, the value and what is allowed.
+        """
+        self._check_awake()
+        text, ids = self._tokens_of(prompt)
+        kept = params.truncate_prompt_tokens
+        ids = ids if kept is None else ids[-(self.config.max_model_len - 1 if kept == -1 else kept) :]
+        config = self.runner.network.config
+        if params.task == "classify" and not self.num_labels:
+            raise ValueError(f"{config.architecture} has no classes: it is no sequence classifier")
+        if params.dimensions is not None and params.dimensions > config.hidden_size:
+            raise ValueError(f"dimensions={params.dimensions} must be at most the model's {config.hidden_size}")
+        self.scheduler.check_fits(len(ids), 1)
+        return PreparedPooling(text, ids, params)
+
+    def add_pooling_request(self, request_id: str, ready: PreparedPooling, *, priority: int = 0) -> None:
+        """Queues a request for a vector; `step` returns its PoolingRequestOutput, of a NumPy array f32[...].
+
+        Raises: ValueError if the id is in use; RuntimeError in sleep mode.
+        """
+        self._check_awake()
+        if request_id in self._groups:
+            raise ValueError(f"request_id {request_id!r} is already in use")
+        ids, arrival, pooling = ready.prompt_token_ids, time.monotonic(), self._pooler.pooling
+        if ready.params.task == "classify":
+            pooling = "last"
+        request = Request(
+            id=f"{request_id}/0",
+            prompt=np.array(ids, np.int32),
+            max_new_tokens=1,
+            priority=priority,
+            arrival=arrival,
+            cache_salt=self._cache_salt(len(ids)),
+            skip_reading_prefix_cache=True,  # cached tokens have no hidden states
+            stepwise=True,  # a burst of decode steps returns no hidden states either
+            sampling=SamplingSpec(pooling=pooling),
+        )
+        self.scheduler.add(request, arrival)
+        unused = SamplingParams(max_tokens=1, detokenize=False)
+        sequence = Sequence(request, 0, unused, None, None)
+        logprobs = PromptLogprobs(unused, ids, lambda token: None)
+        vector = PooledVector(pooling, len(ids))
+        group = _PoolingGroup(
+            request_id, ready.prompt, ids, unused, logprobs, [sequence], False, arrival,
+            vector=vector, finish=lambda values: self._finish_vector(values, ready.params),
+        )  # fmt: skip
+        self._groups[request_id] = group
+        self._of_request[request.id] = (group, sequence)
+
+    @property
+    def num_labels(self) -> int:
+        """Of a sequence classifier; 0 for a model that generates."""
+        return self.runner.network.config.num_labels
+
+    def _finish_vector(self, vector: np.ndarray, params: PoolingParams) -> np.ndarray:
+        if params.task == "classify":
+            return probabilities(self.runner.classify(vector), params, self._pooler, self._problem_type)
+        return embedding(vector, params, self._pooler)
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
+        """Ends requests; returns their last outputs, with finish_reason "abort". Unknown ids are ignored."""
+        wanted = dict.fromkeys([request_ids] if isinstance(request_ids, str) else request_ids)
+        aborted = [self._groups[one] for one in wanted if one in self._groups]
+        for group in aborted:
+            self._end_all(group, FinishReason.ABORT)
+        return [self._hand_out(group) for group in aborted]
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._groups)
@@ -204,6 +315,40 @@ class LLMEngine:
     @property
     def num_unfinished_requests(self) -> int:
         return len(self._groups)
+
+    # --- the whole engine
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has done so far and holds now, under vLLM's names."""
+        unfinished = ([sequence.request for sequence in group.sequences] for group in self._groups.values())
+        return self._metrics.read(unfinished)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes. Running requests are not disturbed."""
+        self.scheduler.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the device's memory: see jaxllm.sleep.SleepMode. Raises RuntimeError while requests are unfinished."""
+        if self.has_unfinished_requests():
+            raise RuntimeError(f"the engine has {self.num_unfinished_requests} unfinished requests: it cannot sleep")
+        self.drain()
+        self._sleep_mode.sleep(level)
+        self.scheduler.reset_prefix_cache()
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """Restores what `sleep` has freed, "weights" and "kv_cache"; None: both."""
+        self._sleep_mode.wake_up(tags)
+
+    @property
+    def is_sleeping(self) -> bool:
+        return bool(self._sleep_mode.missing)
+
+    def _check_awake(self) -> None:
+        if self.is_sleeping:
+            raise RuntimeError(
+                f"the engine is asleep, without its {' and '.join(sorted(self._sleep_mode.missing))}: call wake_up() "
+                f"before requests"
+            )
 
     # --- steps
 
@@ -229,6 +374,9 @@ class LLMEngine:
         for request, first, logprobs in result.prompt_scores or ():
             if (found := self._of_request.get(request.id)) and found[1].request is request:
                 found[0].prompt_logprobs.take(first, logprobs)
+        for request, start, part in result.pooled or ():
+            if (found := self._of_request.get(request.id)) and found[1].request is request:
+                found[0].vector.take(start, part)
         if self._num_watched:
             for request, tokens, row in zip(output.requests, output.tokens, output.rows.tolist(), strict=True):
                 group, sequence = self._of_request[request.id]
@@ -250,7 +398,6 @@ class LLMEngine:
         self._forget_requests(group)
         if failed:
             self._end_all(group, FinishReason.ERROR)
-            group.fail()
             return True
         group.advance()
         if group.finished:
@@ -293,8 +440,6 @@ class LLMEngine:
         for request_id in failed:
             group = self._groups[request_id]
             self._end_all(group, FinishReason.ERROR)
-            if isinstance(group, BeamGroup):
-                group.fail()
         self.scheduler.reset_prefix_cache()
         self.runner.reset()
         return [self._hand_out(self._groups[request_id]) for request_id in failed]
@@ -302,9 +447,12 @@ class LLMEngine:
     def _end_all(self, group: _Group | BeamGroup, reason: FinishReason) -> None:
         for sequence in group.sequences:
             self.scheduler.finish(sequence.request, reason, None, time.monotonic())
+        if isinstance(group, BeamGroup):
+            group.end(reason)
 
     def _forget(self, group: _Group | BeamGroup) -> None:
         del self._groups[group.request_id]
+        self._metrics.take([sequence.request for sequence in group.sequences], time.monotonic())
         self._forget_requests(group)
 
     def _forget_requests(self, group: _Group | BeamGroup) -> None:
@@ -320,7 +468,12 @@ class LLMEngine:
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if prompt.get("multi_modal_data") is not None:
+                architecture = self.runner.network.config.architecture
+                raise ValueError(
+                    f"multi_modal_data has {sorted(prompt['multi_modal_data'])}, but {architecture} takes text alone"
+                )
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "multi_modal_data"}
             if unknown or not prompt:
                 raise ValueError(
                     f'a prompt dict holds "prompt" (text) or "prompt_token_ids" (ids), got the keys {sorted(prompt)}'

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine import LLMEngine, PreparedRequest, Prompt
 from jaxllm.interrupts import deferred_interrupt
-from jaxllm.loading import build_engine, sampling_defaults
-from jaxllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from jaxllm.loading import build_engine
+from jaxllm.metrics import Metric
+from jaxllm.models.interface import Params
+from jaxllm.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from jaxllm.pooling import TASKS, PoolingParams
+from jaxllm.prompts import Message, as_conversations, as_prompts, refuse, with_token_ids
 from jaxllm.sampling_params import BeamSearchParams, SamplingParams
 
+ResultT = TypeVar("ResultT")
+PoolingLike = PoolingParams | Mapping[str, Any]
 ParamsLike = SamplingParams | Mapping[str, Any]
 
 
@@ -37,23 +57,34 @@ class LLM:
     def __init__(self, model: Any = None, tokenizer: Any = None, *, params: Any = None, **engine_args: Any) -> None:
         self.config = EngineConfig.create(model=model, tokenizer=tokenizer, **engine_args)
         self.llm_engine: LLMEngine = build_engine(self.config, params)
-        self._defaults = sampling_defaults(self.config)
         self._ids = itertools.count()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> LLM:
+        """An LLM of these settings (EngineArgs is another name of EngineConfig)."""
+        return cls(**{one.name: getattr(engine_args, one.name) for one in dataclasses.fields(EngineConfig)})
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; None with skip_tokenizer_init."""
         tokenizer = self.llm_engine.tokenizer
         return None if tokenizer is None else tokenizer.hf
 
+    def get_world_size(self) -> int:
+        """How many devices the model is spread over: one."""
+        return 1
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when given none: the defaults, with what the model's generation_config.json sets."""
-        return SamplingParams(**self._defaults)
+        return SamplingParams(**self.llm_engine.sampling_defaults)
 
     def generate(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
+        prompts: Prompt | SequenceOf[Prompt] | None = None,
         sampling_params: ParamsLike | SequenceOf[ParamsLike] | None = None,
+        prompt_token_ids: SequenceOf[int] | SequenceOf[SequenceOf[int]] | None = None,
         use_tqdm: bool = True,
+        lora_request: None = None,
+        multi_modal_data: None = None,
         *,
         priority: SequenceOf[int] | None = None,
     ) -> list[RequestOutput]:
@@ -62,13 +93,210 @@ class LLM:
         Args:
           prompts: one prompt or many; each text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
           sampling_params: one for all, or one a prompt; a dict of fields will do. None: get_default_sampling_params().
+          prompt_token_ids: the form of vLLM 0.4: the tokens of one prompt or many, with or without their texts in
+            `prompts`.
           use_tqdm: a progress bar with input and output tokens per second.
+          lora_request, multi_modal_data: vLLM's; must be None.
           priority: one a prompt, for scheduling_policy="priority"; lower is sooner.
 
         Raises: ValueError or TypeError for a bad prompt or parameter, before anything is computed. On Ctrl-C the call's
           requests are ended and KeyboardInterrupt is raised; the LLM stays usable.
         """
-        ids = self._add(prompts, sampling_params, priority, streaming=False)
+        refuse(lora_request=lora_request, multi_modal_data=multi_modal_data)
+        prompts = with_token_ids(prompts, prompt_token_ids)
+        return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+
+    def chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: ParamsLike | SequenceOf[ParamsLike] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: SequenceOf[int] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers conversations, one RequestOutput each, in order.
+
+        Args:
+          messages: one conversation or many: a list of {"role": ..., "content": ...}. Content is text, or a list of
+            {"type": "text", "text": ...} parts, which are joined by newlines.
+          sampling_params, use_tqdm, priority: as in `generate`.
+          chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs: as in
+            jaxllm.tokenizer.Tokenizer.apply_chat_template.
+
+        Raises: ValueError or TypeError for messages that are not such, or do not fit the template; ValueError without a
+          tokenizer.
+        """
+        tokenizer = self.llm_engine.tokenizer
+        if tokenizer is None:
+            raise ValueError("messages need a chat template, and the engine has no tokenizer (skip_tokenizer_init)")
+        texts = [
+            tokenizer.apply_chat_template(
+                one, tools, chat_template, add_generation_prompt, continue_final_message, **(chat_template_kwargs or {})
+            )
+            for one in as_conversations(messages)
+        ]
+        encoded = tokenizer.encode_all(texts, add_special_tokens=False)  # the template has written them
+        prompts = [{"prompt": text, "prompt_token_ids": ids} for text, ids in zip(texts, encoded, strict=True)]
+        return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+
+    # --- vectors
+
+    def embed(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """Each prompt's embedding, of the hidden states after the last norm.
+
+        Args:
+          prompts: as in `generate`.
+          pooling_params: one for all, or one a prompt; a dict of fields will do. How tokens become one vector, and
+            whether it is normalized, is the engine's `pooler_config`, or what the checkpoint says.
+        """
+        pooled = self._pool(prompts, pooling_params, "embed", use_tqdm)
+        return [_with(EmbeddingRequestOutput, one, EmbeddingOutput(one.outputs.tolist())) for one in pooled]
+
+    def classify(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[ClassificationRequestOutput]:
+        """Each prompt's class probabilities, by a sequence classifier; arguments as in `embed`."""
+        pooled = self._pool(prompts, pooling_params, "classify", use_tqdm)
+        return [_with(ClassificationRequestOutput, one, ClassificationOutput(one.outputs.tolist())) for one in pooled]
+
+    def encode(
+        self,
+        prompts: Prompt | SequenceOf[Prompt] | None = None,
+        pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
+        prompt_token_ids: SequenceOf[int] | SequenceOf[SequenceOf[int]] | None = None,
+        use_tqdm: bool = True,
+        *,
+        pooling_task: str | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """What `pooling_task`, "embed" or "classify", makes of each prompt, as an array; None: what the model is for.
+
+        The other arguments are as in `embed`; `prompt_token_ids` as in `generate`.
+        """
+        task = pooling_task or ("classify" if self.llm_engine.num_labels else "embed")
+        if task not in TASKS:
+            raise ValueError(f"pooling_task must be one of {', '.join(TASKS)}, got {pooling_task!r}")
+        pooled = self._pool(with_token_ids(prompts, prompt_token_ids), pooling_params, task, use_tqdm)
+        return [_with(PoolingRequestOutput, one, PoolingOutput(one.outputs)) for one in pooled]
+
+    def score(
+        self, data_1: str | SequenceOf[str], data_2: str | SequenceOf[str], *, use_tqdm: bool = True
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go together, pair by pair; one text in `data_1` goes with each of `data_2`.
+
+        A reranker (a sequence classifier with one label) is given both texts of a pair; of other models it is the
+        cosine of their embeddings.
+
+        Raises: ValueError for lists of other lengths, or a classifier with more labels.
+        """
+        first = [data_1] if isinstance(data_1, str) else list(data_1)
+        second = [data_2] if isinstance(data_2, str) else list(data_2)
+        first *= len(second) if len(first) == 1 else 1
+        if len(first) != len(second):
+            raise ValueError(f"data_1 has {len(first)} texts and data_2 {len(second)}: it must be 1 or as many")
+        if self.llm_engine.num_labels:
+            return self._rerank(first, second, use_tqdm)
+        pooled = self._pool([*first, *second], PoolingParams(use_activation=True), "embed", use_tqdm)
+        pairs = zip(pooled[: len(first)], pooled[len(first) :], strict=True)
+        return [_with(ScoringRequestOutput, a, ScoringOutput(float(a.outputs @ b.outputs))) for a, b in pairs]
+
+    def _rerank(self, first: list[str], second: list[str], use_tqdm: bool) -> list[ScoringRequestOutput]:
+        engine = self.llm_engine
+        if engine.num_labels != 1 or engine.tokenizer is None:
+            raise ValueError(f"score needs a tokenizer and a classifier with 1 label, this has {engine.num_labels}")
+        prompts = [{"prompt_token_ids": engine.tokenizer.encode_pair(a, b)} for a, b in zip(first, second, strict=True)]
+        pooled = self._pool(prompts, None, "classify", use_tqdm)
+        return [_with(ScoringRequestOutput, one, ScoringOutput(float(one.outputs[0]))) for one in pooled]
+
+    def _pool(self, prompts: Any, params: Any, task: str, use_tqdm: bool) -> list[PoolingRequestOutput[Any]]:
+        """One output a prompt, of a NumPy array f32[...]; all are checked before any is queued."""
+        engine, prompts = self.llm_engine, self.llm_engine.tokenize(as_prompts(prompts))
+        every = [params] * len(prompts) if isinstance(params, PoolingParams | Mapping | None) else list(params)
+        if len(every) != len(prompts):
+            raise ValueError(f"pooling_params has {len(every)} entries for {len(prompts)} prompts")
+        ready = [
+            engine.prepare_pooling(prompt, PoolingParams.of(one, task))
+            for prompt, one in zip(prompts, every, strict=True)
+        ]
+        ids = [str(next(self._ids)) for _ in ready]
+        for request_id, one in zip(ids, ready, strict=True):
+            engine.add_pooling_request(request_id, one)
+        outputs = self._finish(ids, use_tqdm)
+        for i, output in enumerate(outputs):
+            if output.finish_reason != "stop":
+                raise RuntimeError(f"the step that computed prompt {i} failed: see the log")
+        return outputs
+
+    # --- the engine
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has done so far and holds now: jaxllm.metrics objects under vLLM's names."""
+        return self.llm_engine.get_metrics()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets the KV of all earlier prompts. Returns True, as vLLM does when it has worked."""
+        self.llm_engine.reset_prefix_cache()
+        return True
+
+    def apply_model(self, func: Callable[[Params], ResultT]) -> list[ResultT]:
+        """`func` of the weights, a nested dict of arrays on the device; a list of its results, one a worker: of one.
+
+        The weights stay what they are, whatever it returns.
+        """
+        if self.llm_engine.is_sleeping:
+            raise RuntimeError("the engine is asleep: call wake_up() before apply_model()")
+        return [func(self.llm_engine.runner.params)]
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the device's memory until `wake_up`: the KV pages, with the cached prefixes, and the weights.
+
+        Args:
+          level: 1 keeps the weights in host memory; 2 drops them, and `wake_up` reads the checkpoint again.
+
+        The memory is free for other JAX work of this process; for other processes see jaxllm.sleep.
+
+        Raises: ValueError for another level, or level 2 with weights given as `params`.
+        """
+        self.llm_engine.sleep(level)
+
+    def wake_up(self, tags: SequenceOf[str] | None = None) -> None:
+        """Restores what `sleep` has freed: "weights", "kv_cache", or None for both. Requests need both."""
+        self.llm_engine.wake_up(tags)
+
+    def start_profile(self) -> None:
+        """Has the JAX profiler record until `stop_profile`, into the folder `profiler_dir` or $JAXLLM_PROFILER_DIR.
+
+        Raises: ValueError if neither is set; RuntimeError if a profile is being taken already.
+        """
+        import jax
+
+        folder = self.config.profiler_dir or os.environ.get("JAXLLM_PROFILER_DIR")
+        if not folder:
+            raise ValueError("no folder for profiles: set LLM(profiler_dir=...) or JAXLLM_PROFILER_DIR")
+        jax.profiler.start_trace(folder)
+
+    def stop_profile(self) -> None:
+        """Ends the recording and writes it. Raises RuntimeError if there is none."""
+        import jax
+
+        jax.profiler.stop_trace()
+
+    def _finish(self, ids: list[str], use_tqdm: bool) -> list[Any]:
+        """The outputs of the given requests when all of them have finished."""
         finished: dict[str, RequestOutput] = {}
         with _ProgressBar(len(ids), use_tqdm) as bar, closing(self._run(ids)) as outputs:
             for output in outputs:
@@ -181,15 +409,8 @@ class LLM:
                 engine.drain()
 
 
-def as_prompts(prompts: Any) -> list[Any]:
-    """One prompt or many -> many. A sequence of ints is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, SequenceOf):
-        raise TypeError(f"prompts must be a prompt or a sequence of prompts, got {prompts!r:.100}")
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [list(prompts)]
-    return list(prompts)
+def _with(kind: type, pooled: PoolingRequestOutput[Any], outputs: Any) -> Any:
+    return kind(pooled.request_id, outputs, pooled.prompt_token_ids)
 
 
 class _ProgressBar:
@@ -211,9 +432,10 @@ class _ProgressBar:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def update(self, output: RequestOutput) -> None:
+    def update(self, output: RequestOutput | PoolingRequestOutput[Any]) -> None:
         self._tokens_in += len(output.prompt_token_ids)
-        self._tokens_out += sum(len(one.token_ids) for one in output.outputs)
+        if isinstance(output, RequestOutput):
+            self._tokens_out += sum(len(one.token_ids) for one in output.outputs)
         elapsed = self._bar.format_dict["elapsed"] or 1e-9
         speed_in, speed_out = self._tokens_in / elapsed, self._tokens_out / elapsed
         self._bar.postfix = f"est. speed input: {speed_in:.2f} toks/s, output: {speed_out:.2f} toks/s"
@@ -243,4 +465,4 @@ def generate(
     if _kept is None or _kept[0] != wanted:
         _kept = None  # the old engine's memory is needed for the new one
         _kept = (wanted, LLM(**wanted))
-    return _kept[1].generate(prompts, params, use_tqdm)
+    return _kept[1].generate(prompts, params, use_tqdm=use_tqdm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig, resolve
 from jaxllm.engine import LLMEngine
+from jaxllm.pooling import PoolerConfig
 from jaxllm.scheduling import make_policy
 from jaxllm.tokenizer import Tokenizer
 
@@ -91,10 +91,23 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     tokenizer = _load_tokenizer(config, checkpoint)
     if tokenizer is not None:
         tokenizer.fit_vocabulary(model_config.vocab_size)
-    params = _load_params(config, network, checkpoint, params, adapter)
+
+    pooler = PoolerConfig.of_checkpoint(checkpoint.folder)
+    if config.pooler_config is not None:
+        pooler = PoolerConfig.of(config.pooler_config)
+
+    def load() -> Any:
+        return _load_params(config, network, checkpoint, params, adapter)
+
+    weights = load()
     loaded = time.perf_counter()
-    runner = ModelRunner(network, params, resolved, shrink_model_len=config.max_model_len is None)
-    engine = LLMEngine(runner, tokenizer, _eos_token_ids(checkpoint, tokenizer))
+    runner = ModelRunner(network, weights, resolved, shrink_model_len=config.max_model_len is None)
+    defaults = sampling_defaults(checkpoint.generation) if config.generation_config == "auto" else {}
+    reload = load if params is None else None
+    del weights  # or sleep mode could not free them
+    problem_type = checkpoint.config.get("problem_type")
+    eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
+    engine = LLMEngine(runner, tokenizer, eos_token_ids, defaults, reload, pooler, problem_type)
     logger.info(
         "%s on %s, %s: %d KV pages of %d tokens (%.2f GiB); start-up %.1f s, of which loading %.1f",
         model_config.architecture, device.device_kind, network.dtype.name, runner.num_pages, resolved.block_size,
@@ -103,11 +116,8 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     return engine
 
 
-def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
-    """The SamplingParams fields that the checkpoint's generation_config.json sets."""
-    if config.generation_config != "auto" or isinstance(config.model, Mapping):
-        return {}
-    generation = open_checkpoint(dataclasses.replace(config, model=config.model or DEFAULT_MODEL)).generation
+def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The SamplingParams fields that the dict of a generation_config.json sets."""
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
     names["repetition_penalty"] = "repetition_penalty"
     names["max_new_tokens"] = "max_tokens"

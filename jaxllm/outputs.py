@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 
 @dataclass
@@ -119,3 +119,77 @@ class RequestOutput:
     prompt_token_id_logprobs: Any = None
     lora_request: None = None
     num_cached_tokens: int = 0
+
+
+@dataclass
+class EmbeddingOutput:
+    """A prompt's embedding."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass
+class ClassificationOutput:
+    """The probability of each class."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+
+@dataclass
+class ScoringOutput:
+    """How well two texts go together: the cosine of their embeddings, or what a reranker says of the pair."""
+
+    score: float
+
+
+@dataclass
+class PoolingOutput:
+    """A prompt's vector: data is f32[D], a NumPy array."""
+
+    data: Any
+
+    @property
+    def embedding(self) -> list[float]:
+        """The same as a list, as vLLM 0.4 has it."""
+        return self.data.tolist()
+
+
+OutputT = TypeVar("OutputT")
+
+
+@dataclass
+class PoolingRequestOutput(Generic[OutputT]):
+    """A prompt and the vector that was made of it.
+
+    Attributes:
+      request_id, prompt_token_ids, finished: as in RequestOutput.
+      outputs: what was asked for.
+      finish_reason: "stop", or "abort" or "error", when `outputs` means nothing.
+    """
+
+    request_id: str
+    outputs: OutputT
+    prompt_token_ids: list[int]
+    finished: bool = True
+    finish_reason: str = "stop"
+    num_cached_tokens: int = 0
+
+
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
+    """What LLM.embed returns."""
+
+
+class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
+    """What LLM.classify returns."""
+
+
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """What LLM.score returns."""

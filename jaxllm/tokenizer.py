@@ -87,6 +87,10 @@ class Tokenizer:
         """
         return self._checked(self.hf.encode(text, add_special_tokens=add_special_tokens))
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Two texts as the tokenizer joins them, for models that compare them."""
+        return self._checked(self.hf(first, text_pair=second)["input_ids"])
+
     def encode_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` for many texts at once, which the tokenizers library does in parallel."""
         if not texts:

@@ -102,6 +102,7 @@ class ModelConfig:
     dtype: str  # the checkpoint's: what dtype "auto" means
     alibi: bool = False  # attention scores fall with the distance (ALiBi)
     windows: tuple[int | None, ...] = ()  # of each layer, how many keys a query sees; None: all. Empty: all, everywhere
+    num_labels: int = field(default=0, kw_only=True)  # of a sequence classifier's head; 0: it has none
     quantization: "Quantization | None" = field(default=None, kw_only=True)  # set by registry.read_config
 
     def window(self, layer: int) -> int | None:

@@ -147,6 +147,10 @@ class Network:
         """float32 [S, V] of hidden [S, D]."""
         return self._merge(params).logits(hidden)
 
+    def classify(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """float32 [S, num_labels] of hidden [S, D], for a model with config.num_labels (models.classification)."""
+        return self._merge(params).classify(hidden)
+
     def _merge(self, params: Params) -> Any:
         flat = flatten_dict(params)
         return nnx.merge(self._graph, nnx.from_flat_state([(key, flat[path]) for path, key in self._keys.items()]))

@@ -27,21 +27,32 @@ _MODELS: dict[str, str | type] = {
     "ChatGLMModel": "jaxllm.models.chatglm:ChatGLMModel",
     "DeepseekV2ForCausalLM": "jaxllm.models.deepseek:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": "jaxllm.models.deepseek:DeepseekV3ForCausalLM",
+    "GPT2ForSequenceClassification": "jaxllm.models.classification:GPT2ForSequenceClassification",
     "GPT2LMHeadModel": "jaxllm.models.gpt2:GPT2LMHeadModel",
     "Gemma2ForCausalLM": "jaxllm.models.gemma:Gemma2ForCausalLM",
+    "Gemma2ForSequenceClassification": "jaxllm.models.classification:Gemma2ForSequenceClassification",
     "Gemma3ForCausalLM": "jaxllm.models.gemma:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": "jaxllm.models.gemma:Gemma3ForConditionalGeneration",
+    "Gemma3TextForSequenceClassification": "jaxllm.models.classification:Gemma3TextForSequenceClassification",
     "GlmForCausalLM": "jaxllm.models.chatglm:GlmForCausalLM",
     "LlamaForCausalLM": "jaxllm.models.llama:LlamaForCausalLM",
+    "LlamaForSequenceClassification": "jaxllm.models.classification:LlamaForSequenceClassification",
     "MistralForCausalLM": "jaxllm.models.llama:MistralForCausalLM",
+    "MistralForSequenceClassification": "jaxllm.models.classification:MistralForSequenceClassification",
     "MixtralForCausalLM": "jaxllm.models.mixtral:MixtralForCausalLM",
+    "MixtralForSequenceClassification": "jaxllm.models.classification:MixtralForSequenceClassification",
     "OPTForCausalLM": "jaxllm.models.opt:OPTForCausalLM",
     "Phi3ForCausalLM": "jaxllm.models.llama:Phi3ForCausalLM",
+    "Phi3ForSequenceClassification": "jaxllm.models.classification:Phi3ForSequenceClassification",
     "QWenLMHeadModel": "jaxllm.models.qwen:QWenLMHeadModel",
     "Qwen2ForCausalLM": "jaxllm.models.llama:Qwen2ForCausalLM",
+    "Qwen2ForSequenceClassification": "jaxllm.models.classification:Qwen2ForSequenceClassification",
     "Qwen2MoeForCausalLM": "jaxllm.models.mixtral:Qwen2MoeForCausalLM",
+    "Qwen2MoeForSequenceClassification": "jaxllm.models.classification:Qwen2MoeForSequenceClassification",
     "Qwen3ForCausalLM": "jaxllm.models.llama:Qwen3ForCausalLM",
+    "Qwen3ForSequenceClassification": "jaxllm.models.classification:Qwen3ForSequenceClassification",
     "Qwen3MoeForCausalLM": "jaxllm.models.mixtral:Qwen3MoeForCausalLM",
+    "Qwen3MoeForSequenceClassification": "jaxllm.models.classification:Qwen3MoeForSequenceClassification",
     "RunningSumForTesting": "jaxllm.models.testing:RunningSumForTesting",
     "TinyllmForCausalLM": "jaxllm.models.tinyllm:TinyllmForCausalLM",
 }
@@ -127,6 +138,13 @@ def build(config: ModelConfig, dtype=None) -> Network:
     module = model_class(config.architecture)(config, dtype)
     packed = None if config.quantization is None else quantize_linears(module, config.quantization)
     return Network(module, config, dtype, packed)
+
+
+class ModelRegistry:
+    """vLLM's names for `register_model` and `supported_architectures`."""
+
+    register_model = staticmethod(register_model)
+    get_supported_archs = staticmethod(supported_architectures)
 
 
 def _targets() -> dict[str, str | type]:

@@ -52,8 +52,12 @@ class HostSampling:
 
     def reset(self) -> None:
         """Fresh tables: at the start, and after a failed step has taken the donated ones with it."""
-        self.tables = None  # first, or there would be two
+        self.release()  # first, or there would be two
         self.tables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.abstract_tables)
+
+    def release(self) -> None:
+        """Frees the tables."""
+        self.tables = None
 
     def admit(self, slot: int, request: Request) -> None:
         """Uploads what belongs to a request that has just come into this slot."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxllm.config import EngineConfig
 from jaxllm.models.interface import KVPages, Network, Params
-from jaxllm.runner import kv_pool
+from jaxllm.runner import kv_pool, pooling
 from jaxllm.runner.executables import Executables, use_persistent_cache
 from jaxllm.runner.host_sampling import ControlProgram, HostSampling
 from jaxllm.runner.inputs import (
@@ -24,6 +24,7 @@ from jaxllm.runner.inputs import (
     write_page_table,
 )
 from jaxllm.runner.logprobs import Logprobs
+from jaxllm.runner.pooling import PooledRows
 from jaxllm.runner.program_cache import ProgramCache
 from jaxllm.runner.prompt_logprobs import PromptProgram, PromptScorer, PromptScores
 from jaxllm.runner.sampler import Level, SamplingTable
@@ -46,15 +47,21 @@ class RunnerResult:
 
     Attributes:
       prompt_scores: what came of the prompts that are to be scored; None if there are none.
+      pooled: the hidden states of prompts that are to be pooled, as sums; None if there are none.
       failed: requests whose sampling failed on the host (logits processors raised); their tokens mean nothing.
     """
 
     def __init__(
-        self, outputs: list[StepOutputs], num_rows: int, prompt_scores: PromptScores | None, failed: list[Request]
+        self,
+        outputs: list[StepOutputs],
+        num_rows: int,
+        prompt_scores: PromptScores | None,
+        pooled: PooledRows | None,
+        failed: list[Request],
     ) -> None:
         self._outputs = outputs
         self._num_rows = num_rows
-        self.prompt_scores, self.failed = prompt_scores, failed
+        self.prompt_scores, self.pooled, self.failed = prompt_scores, pooled, failed
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -74,10 +81,11 @@ class RunnerPending:
     outputs: list[StepOutputs]
     num_rows: int
     prompt_scores: PromptScores | None
+    pooled: PooledRows | None
     failed: list[Request]
 
     def result(self) -> RunnerResult:
-        result = RunnerResult(self.outputs, self.num_rows, self.prompt_scores, self.failed)
+        result = RunnerResult(self.outputs, self.num_rows, self.prompt_scores, self.pooled, self.failed)
         _ = result.tokens  # an error of the device's belongs here
         return result
 
@@ -106,6 +114,8 @@ class ModelRunner:
         )
         self._prompt_scorer = PromptScorer(network, config.max_logprobs, lambda key: self.executables[key])
         self._prompt_scores: PromptScores | None = None  # of the plan that is being submitted, as is the next
+        self._classify = jax.jit(network.classify)
+        self._pooled: PooledRows | None = None
         self._failed: list[Request] = []
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
         self._kv_dtype = kv_pool.kv_dtype(network, config.kv_cache_dtype)
@@ -125,23 +135,33 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Fresh KV pages and device state: at the start, and after a failed step has taken the donated ones with it."""
-        self._kv = self._state = None  # first, or there would be two
+        self.release()  # first, or there would be two
         kv, state = self._abstract_state(self.num_pages)
         self._kv = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kv)
         self._state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
         self._host_sampling.reset()
 
+    def classify(self, vector: np.ndarray) -> np.ndarray:
+        """f32[num_labels] of a pooled vector f32[D]."""
+        hidden = jnp.asarray(vector[None], self.network.dtype)
+        return np.asarray(self._classify(self.params, hidden))[0]
+
+    def release(self) -> None:
+        """Frees the KV pages and the device state; `reset` makes new ones."""
+        self._kv = self._state = None
+        self._host_sampling.release()
+
     def submit(self, plan: StepPlan) -> RunnerPending:
         """Hands a plan to the device and returns without waiting for it."""
         self._meet_new_requests(plan)
-        self._prompt_scores, self._failed = None, []
+        self._prompt_scores, self._pooled, self._failed = None, None, []
         level = self.sampling.level(plan.slots)
         loops = plan.num_steps // self.loop_steps if self.loop_steps > 1 and level == Level.GREEDY else 0
         sizes = [self.loop_steps] * loops + [1] * (plan.num_steps - loops * self.loop_steps)
         outputs = [self._submit_part(part, level) for part in plan.split(sizes)]
         for one in outputs:
             one.tokens.copy_to_host_async()
-        return RunnerPending(outputs, len(plan.slots), self._prompt_scores, self._failed)
+        return RunnerPending(outputs, len(plan.slots), self._prompt_scores, self._pooled, self._failed)
 
     def _submit_part(self, plan: StepPlan, level: Level) -> StepOutputs:
         """One program's work: a step, or a loop of them."""
@@ -155,7 +175,10 @@ class ModelRunner:
             return outputs
         forward = self.executables[shape]
         self._kv, state, outputs, logits, rows, hidden = forward(self.params, self._kv, self._state, packed)
-        if hidden is not None and (scored := np.flatnonzero(self.sampling.scores_prompt[plan.slots])).size:
+        if (pooled := np.flatnonzero(self.sampling.pools[plan.slots])).size:
+            self._pooled = pooling.submit(plan, pooled, hidden, shape.num_rows)
+        # In a step of decode rows alone no row has more than its last token, after which no prompt token follows.
+        if not decode_only and (scored := np.flatnonzero(self.sampling.scores_prompt[plan.slots])).size:
             self._prompt_scores = self._prompt_scorer.submit(self.params, plan, scored, hidden)
         if level > Level.GREEDY:
             sample = self.executables[SampleShape(shape.num_rows, level)]
@@ -211,7 +234,14 @@ class ModelRunner:
             return Executables(self._lower)
         # Whatever has no part in a program, or no repr of its own.
         config = dataclasses.replace(
-            self.config, model=None, tokenizer=None, hf_overrides=None, scheduling_policy="fcfs", seed=0
+            self.config,
+            model=None,
+            tokenizer=None,
+            hf_overrides=None,
+            scheduling_policy="fcfs",
+            seed=0,
+            profiler_dir=None,
+            pooler_config=None,
         )
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), self.params)
         ingredients = (self.network.config, self._kv_dtype, config, self.max_pages, self.num_pages, shapes)

@@ -55,6 +55,7 @@ class SamplingSpec:
       logits_processors: the host's functions of the logits (constraints.run_processors).
       scores_prompt: whether the prompt's own log probabilities are wanted, from the position `first_scored` on, and
         with them those of `prompt_logprob_ids`.
+      pooling: how the prompt's hidden states are summed up (runner.pooling); None: they are not wanted.
     """
 
     temperature: float = 0.0
@@ -78,6 +79,7 @@ class SamplingSpec:
     scores_prompt: bool = False
     first_scored: int = 0
     prompt_logprob_ids: tuple[int, ...] = ()
+    pooling: str | None = None
 
     @property
     def level(self) -> Level:
@@ -114,6 +116,7 @@ class SamplingTable:
         self._level = np.zeros(max_num_seqs, np.int8)
         self.scores_prompt = np.zeros(max_num_seqs, np.bool_)
         self.stepwise = np.zeros(max_num_seqs, np.bool_)
+        self.pools = np.zeros(max_num_seqs, np.bool_)
 
     def fill(self, slot: int, spec: SamplingSpec, prompt_len: int) -> None:
         row = self.rows[slot]
@@ -124,6 +127,7 @@ class SamplingTable:
         self.prompt_len[slot] = prompt_len
         self._level[slot] = spec.level
         self.scores_prompt[slot], self.stepwise[slot] = spec.scores_prompt, spec.stepwise
+        self.pools[slot] = spec.pooling is not None
 
     def level(self, slots: np.ndarray) -> Level:
         """The level of a step with the requests of these slots."""

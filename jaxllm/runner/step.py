@@ -29,7 +29,7 @@ def make_forward(network: Network, layout: InputLayout):
     """forward(params, kv, state, packed) -> (kv, state, StepOutputs of the likeliest tokens, logits, rows, hidden).
 
     `kv` and `state` are to be donated; `logits` f32[S, V] and `rows` i32[S, row width] are for the sampler; `hidden`
-    [T, D] is for prompts that are to be scored, and None where no row has more than its last token.
+    [T, D] is for prompts that are to be scored or pooled.
     """
 
     def forward(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
@@ -72,7 +72,7 @@ def _greedy_step(network: Network, layout: InputLayout, params: Params, kv: KVPa
     tokens = argmax(logits)
     slots = UnpackedRows.of(step.rows, layout.max_num_seqs).slots
     slots = jnp.where(step.batch.kv_lens > 0, slots, layout.max_num_seqs)
-    return kv, step.state.with_last_tokens(slots, tokens), tokens, logits, None if decode_only else hidden
+    return kv, step.state.with_last_tokens(slots, tokens), tokens, logits, hidden
 
 
 def make_sampler(level: Level, max_num_seqs: int):

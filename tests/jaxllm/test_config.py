@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxllm.config import EngineConfig, resolve
+from jaxllm.config import EngineArgs, EngineConfig, resolve
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,17 @@ def test_resolve():
     assert whole.max_num_batched_tokens == 32768
     with pytest.raises(ValueError, match="max_model_len=9000 exceeds the model's 8192 positions"):
         resolve(EngineConfig(max_model_len=9000), max_positions=8192, device_bytes=None)
+
+
+def test_vllm_s_other_arguments():
+    from jaxllm.config import NOT_HONOURED
+
+    asked_for_nothing = {name: allowed[0] if allowed else "x" for name, (allowed, _) in NOT_HONOURED.items()}
+    assert EngineArgs(**asked_for_nothing, seed=3) == EngineConfig(seed=3)
+    for name, (allowed, reason) in NOT_HONOURED.items():
+        if allowed is not None:
+            with pytest.raises(ValueError, match=f"{name} must be .*, got 'something else'"):
+                EngineArgs(**{name: "something else"})
+        assert reason
+    with pytest.raises(TypeError, match="did you mean 'swap_space'"):
+        EngineArgs(swap_spac=4)

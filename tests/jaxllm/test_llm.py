@@ -102,8 +102,6 @@ def test_logprobs_have_text(default_llm):
 def test_default_params_come_from_generation_config(default_llm):
     generation = default_llm.get_default_sampling_params()
     assert generation.temperature != 1.0 or generation.top_p != 1.0
-    plain = jaxllm.loading.sampling_defaults(jaxllm.EngineConfig(generation_config="vllm"))
-    assert plain == {}
 
 
 def test_ctrl_c_ends_the_call_and_leaves_the_engine_usable(default_llm):

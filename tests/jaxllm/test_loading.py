@@ -285,15 +285,19 @@ def test_every_end_token_ends_an_answer(tmp_path):
     [
         ({}, {}),
         ({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.0}, {"temperature": 0.6,
-          "top_p": 0.9, "top_k": 20, "min_p": 0.1}),
+          "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.0}),
         ({"do_sample": True, "temperature": None, "max_new_tokens": 99}, {"max_tokens": 99}),
         ({"do_sample": False, "temperature": 0.6, "max_new_tokens": 99}, {"temperature": 0.0, "max_tokens": 99}),
     ],
 )  # fmt: skip
-def test_generation_config_gives_the_defaults(tmp_path, generation, expected):
-    model = sum_folder(tmp_path, generation)
-    assert sampling_defaults(EngineConfig(model=model)) == expected
-    assert sampling_defaults(EngineConfig(model=model, generation_config="vllm")) == {}
+def test_generation_config_gives_the_defaults(generation, expected):
+    assert sampling_defaults(generation) == expected
+
+
+def test_generation_config_can_be_left_out(tmp_path):
+    model = sum_folder(tmp_path, {"do_sample": False, "max_new_tokens": 3})
+    llm = LLM(model, load_format="dummy", generation_config="vllm", **IDS)
+    assert llm.get_default_sampling_params() == SamplingParams()
 
 
 def test_generate_without_params_uses_the_defaults(tmp_path):

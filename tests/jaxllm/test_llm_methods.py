@@ -1,0 +1,133 @@
+"""What an LLM can do besides answering: metrics, prefix cache, profiles, functions of its weights, sleep mode."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm import LLM, EngineConfig, SamplingParams
+from jaxllm.metrics import Counter, Gauge, Histogram
+from jaxllm.models import testing
+from tests.jaxllm.conftest import make_sum_llm
+
+PROMPT = [5, 6, 7] * 20
+
+
+def greedy(max_tokens=6, **fields) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **fields)
+
+
+def answer(llm) -> list[int]:
+    return llm.generate(PROMPT, greedy(), use_tqdm=False)[0].outputs[0].token_ids
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return make_sum_llm(max_num_seqs=2, max_num_batched_tokens=32)
+
+
+def values(llm) -> dict[str, float]:
+    return {one.name: one.value for one in llm.get_metrics() if isinstance(one, Counter | Gauge)}
+
+
+def test_metrics_add_up(llm):
+    before = values(llm)
+    llm.generate([PROMPT, PROMPT], greedy(), use_tqdm=False)
+    after = values(llm)
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["vllm:prompt_tokens"] == grown["vllm:prefix_cache_queries"] == 2 * len(PROMPT)
+    assert grown["vllm:generation_tokens"] == 12
+    assert grown["vllm:request_success"] == 2
+    assert 0 <= grown["vllm:prefix_cache_hits"] < 2 * len(PROMPT)
+    assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
+    assert after["vllm:kv_cache_usage_perc"] == 0
+    (seconds,) = (one for one in llm.get_metrics() if one.name == "vllm:e2e_request_latency_seconds")
+    assert isinstance(seconds, Histogram) and seconds.sum > 0
+    assert seconds.buckets["+Inf"] == seconds.count == after["vllm:request_success"]
+    assert list(seconds.buckets.values()) == sorted(seconds.buckets.values())
+
+
+def test_metrics_of_a_running_request(llm):
+    before = values(llm)
+    stream = llm.stream(PROMPT, greedy(150))
+    seen = len(next(stream).outputs[0].token_ids)
+    during = values(llm)
+    assert during["vllm:num_requests_running"] == 1 and during["vllm:kv_cache_usage_perc"] > 0
+    assert during["vllm:generation_tokens"] - before["vllm:generation_tokens"] >= seen
+    stream.close()
+    aborted = [one for one in llm.get_metrics() if one.labels == {"finished_reason": "abort"}]
+    assert [one.value for one in aborted] == [1]
+
+
+def test_reset_prefix_cache(llm):
+    def cached() -> int:
+        return llm.generate(PROMPT, greedy(1), use_tqdm=False)[0].num_cached_tokens
+
+    cached()
+    assert cached() > 0
+    assert llm.reset_prefix_cache()
+    assert cached() == 0
+
+
+def test_apply_model_returns_what_the_function_returns(llm):
+    (count,) = llm.apply_model(lambda params: sum(x.size for x in jax.tree.leaves(params)))
+    assert count == sum(np.prod(spec.shape) for spec in llm.llm_engine.runner.network.specs.values())
+    before = answer(llm)
+    llm.apply_model(lambda params: jax.tree.map(lambda x: 0 * x, params))
+    assert answer(llm) == before
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleeping_frees_the_device_and_waking_restores_it(llm, level):
+    before, runner = answer(llm), llm.llm_engine.runner
+    old = jax.tree.leaves(llm.apply_model(lambda params: params)[0])
+    llm.sleep(level)
+    llm.sleep(level)  # is no harm
+    assert runner.params is None and runner._kv is None and runner._host_sampling.tables is None
+    for call in (lambda: answer(llm), lambda: llm.apply_model(len)):
+        with pytest.raises(RuntimeError, match="asleep"):
+            call()
+    with pytest.raises(ValueError, match=r"tags must be among .* got \['lunch'\]"):
+        llm.wake_up(["lunch"])
+    llm.wake_up(["weights"])
+    with pytest.raises(RuntimeError, match="without its kv_cache"):
+        answer(llm)
+    llm.wake_up()
+    new = jax.tree.leaves(llm.apply_model(lambda params: params)[0])
+    assert all(np.array_equal(a, b) and a.sharding == b.sharding for a, b in zip(old, new, strict=True))
+    output = llm.generate(PROMPT, greedy(), use_tqdm=False)[0]
+    assert output.outputs[0].token_ids == before and output.num_cached_tokens == 0
+    llm.llm_engine.scheduler.check()
+
+
+def test_sleep_refuses_what_it_cannot_do(llm):
+    with pytest.raises(ValueError, match="level must be 1 or 2, got 3"):
+        llm.sleep(3)
+    stream = llm.stream(PROMPT, greedy(150))
+    next(stream)
+    with pytest.raises(RuntimeError, match="1 unfinished"):
+        llm.sleep()
+    stream.close()
+    (params,) = llm.apply_model(dict)
+    fields = dict(dtype="float32", max_model_len=64, enforce_eager=True, num_gpu_blocks_override=8)
+    in_memory = LLM(testing.config_dict(), params=params, **fields)
+    with pytest.raises(ValueError, match="came from memory"):
+        in_memory.sleep(2)
+
+
+def test_profiles_are_written_where_the_environment_says(llm, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAXLLM_PROFILER_DIR", raising=False)
+    with pytest.raises(ValueError, match="JAXLLM_PROFILER_DIR"):
+        llm.start_profile()
+    monkeypatch.setenv("JAXLLM_PROFILER_DIR", str(tmp_path))
+    llm.start_profile()
+    answer(llm)
+    llm.stop_profile()
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_from_engine_args():
+    args = EngineConfig(
+        model=testing.config_dict(), load_format="dummy", max_model_len=64, enforce_eager=True, use_tqdm_on_load=False
+    )
+    assert isinstance(jaxllm.LLM.from_engine_args(args), LLM)
