@@ -344,7 +344,7 @@ class LLM:
         for start in range(0, len(prompts), size):
             some = slice(start, start + size)
             ranks = None if priority is None else priority[some]
-            outputs += self.generate(prompts[some], sampling, use_tqdm, priority=ranks)
+            outputs += self.generate(prompts[some], sampling, use_tqdm=use_tqdm, priority=ranks)
         return [self._beam_search_output(output, params) for output in outputs]
 
     def _beam_search_output(self, output: RequestOutput, params: BeamSearchParams) -> BeamSearchOutput:
