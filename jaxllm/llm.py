@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import closing
@@ -58,6 +59,7 @@ class LLM:
         self.config = EngineConfig.create(model=model, tokenizer=tokenizer, **engine_args)
         self.llm_engine: LLMEngine = build_engine(self.config, params)
         self._ids = itertools.count()
+        self._inboxes: dict[str, deque[Any]] = {}  # of each request, its call's
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig) -> LLM:
@@ -235,6 +237,7 @@ class LLM:
         ids = [str(next(self._ids)) for _ in ready]
         for request_id, one in zip(ids, ready, strict=True):
             engine.add_pooling_request(request_id, one)
+        self._open_inbox(ids)
         outputs = self._finish(ids, use_tqdm)
         for i, output in enumerate(outputs):
             if output.finish_reason != "stop":
@@ -379,6 +382,7 @@ class LLM:
         for i, (request_id, ready) in enumerate(zip(ids, prepared, strict=True)):
             rank = 0 if priority is None else priority[i]
             self.llm_engine.add_request(request_id, ready, priority=rank, streaming=streaming)
+        self._open_inbox(ids)
         return ids
 
     def _prepare(self, prompts: Any, params: Any) -> list[PreparedRequest]:
@@ -391,20 +395,30 @@ class LLM:
             raise ValueError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
         return [self.llm_engine.prepare(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
 
-    def _run(self, ids: list[str]) -> Iterator[RequestOutput]:
+    def _open_inbox(self, ids: list[str]) -> None:
+        """Has the outputs of these requests wait for the call that they belong to, whichever call makes the steps."""
+        inbox: deque[Any] = deque()  # one for all of them
+        self._inboxes |= {request_id: inbox for request_id in ids}
+
+    def _run(self, ids: list[str]) -> Iterator[Any]:
         """Steps until the given requests have finished; ends them if it is left before that."""
         engine, unfinished = self.llm_engine, set(ids)
+        inbox = self._inboxes[ids[0]] if ids else deque()
         try:
             while unfinished:
                 with deferred_interrupt() as interrupt:
-                    outputs = engine.step()
-                for output in outputs:
+                    for output in () if inbox else engine.step():
+                        self._inboxes.get(output.request_id, deque()).append(output)
+                while inbox:
+                    output = inbox.popleft()
                     if output.finished:
                         unfinished.discard(output.request_id)
                     yield output
                 interrupt.check()
         finally:
             engine.abort_request(unfinished)
+            for request_id in ids:
+                self._inboxes.pop(request_id, None)
             if not engine.has_unfinished_requests():
                 engine.drain()
 

@@ -131,3 +131,14 @@ def test_from_engine_args():
         model=testing.config_dict(), load_format="dummy", max_model_len=64, enforce_eager=True, use_tqdm_on_load=False
     )
     assert isinstance(jaxllm.LLM.from_engine_args(args), LLM)
+
+
+def test_calls_while_a_stream_is_open(llm):
+    """The steps of one call may end another's requests: nothing of them is lost."""
+    alone = llm.generate(PROMPT, greedy(40), use_tqdm=False)[0].outputs[0].token_ids
+    started, waiting = llm.stream(PROMPT, greedy(40)), llm.stream(PROMPT[:7], greedy(3))
+    next(started)
+    assert llm.generate(PROMPT, greedy(40), use_tqdm=False)[0].outputs[0].token_ids == alone
+    assert [*started][-1].outputs[0].token_ids == alone
+    assert [*waiting][-1].outputs[0].token_ids == testing.continuation(PROMPT[:7], 3)
+    assert not llm._inboxes
