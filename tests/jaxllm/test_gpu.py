@@ -119,7 +119,7 @@ CASES = {
     "plain": (LLAMA, {}, 0.1),
     "fp8 KV": (LLAMA, {"kv_cache_dtype": "fp8"}, 0.5),
     "int8 KV": (LLAMA, {"kv_cache_dtype": "int8"}, 0.2),
-    "window and soft caps": (GEMMA2, {}, 0.2),
+    "window and soft caps": (GEMMA2, {}, 0.1),
     "int4 weights": (LLAMA, {"quantization": "int4"}, 0.2),
 }
 
