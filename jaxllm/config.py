@@ -37,7 +37,6 @@ NOT_HONOURED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "engine_use_ray": ((False,), "one process is used"),
     "guided_decoding_backend": ((None, "auto"), "there is one"),
     "hf_token": ((None,), "the environment's HF_TOKEN is used"),
-    "kv_cache_dtype": ((None, "auto"), "KV has the weights' dtype"),
     "limit_mm_per_prompt": ((None, {}), "models take text alone"),
     "logits_processors": ((None,), "they are a request's: SamplingParams(logits_processors=...)"),
     "max_context_len_to_capture": (_ALWAYS, "no graphs are captured"),
