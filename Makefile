@@ -1,12 +1,12 @@
 # make demo   generates text with the embedded default model (first makes .venv and installs into it)
-# make test   runs the test suite (likewise)
+# make test   runs the test suite (likewise), but for the slow tests: TESTS=tests runs these too
 # make lint   checks style and types
 #
 # PYTHON picks the interpreter, VENV the environment's folder, TESTS what to run: make test TESTS="tests/models -k rope"
 
 PYTHON ?= python3
 VENV ?= .venv
-TESTS ?= tests
+TESTS ?= tests -m 'not slow'
 bin := $(VENV)/bin
 
 .PHONY: demo test lint clean

@@ -27,7 +27,7 @@ SAMPLING_FIELDS = words("""
     bad_words skip_reading_prefix_cache thinking_token_budget repetition_detection routed_experts_prompt_start
     trace_decode_token_ids use_beam_search length_penalty early_stopping logits_processors truncate_prompt_tokens
     guided_json guided_regex guided_choice guided_grammar guided_json_object guided_decoding_backend
-    guided_whitespace_pattern
+    guided_whitespace_pattern guided_decoding
 """)
 ENGINE_ARGUMENTS = words("""
     model tokenizer skip_tokenizer_init revision code_revision tokenizer_revision tokenizer_mode trust_remote_code
