@@ -247,8 +247,7 @@ class LLMEngine:
         """
         self._check_awake()
         text, ids = self._tokens_of(prompt)
-        kept = params.truncate_prompt_tokens
-        ids = ids if kept is None else ids[-(self.config.max_model_len - 1 if kept == -1 else kept) :]
+        ids = self._truncated(ids, params)
         config = self.runner.network.config
         if params.task == "classify" and not self.num_labels:
             raise ValueError(f"{config.architecture} has no classes: it is no sequence classifier")
@@ -501,7 +500,7 @@ class LLMEngine:
                 )
         return list(ids)
 
-    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
+    def _truncated(self, ids: list[int], params: SamplingParams | PoolingParams) -> list[int]:
         """The prompt's last tokens, as truncate_prompt_tokens says; -1 leaves one of max_model_len for the answer."""
         kept = params.truncate_prompt_tokens
         return ids if kept is None else ids[-(self.config.max_model_len - 1 if kept == -1 else kept) :]

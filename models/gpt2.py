@@ -51,7 +51,7 @@ class GPT2Config(ModelConfig):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: GPT2Config, dtype):
+    def __init__(self, config: ModelConfig, dtype):
         initializer = normal(config.initializer_range)
         self.attention_norm = LayerNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.attention = Attention(

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.models import gpt2
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.interface import KVPages, LayerKV, StepBatch
-from jaxllm.models.layers.attention import Attention
 from jaxllm.models.layers.embed import Embed
 from jaxllm.models.layers.linear import Linear
-from jaxllm.models.layers.mlp import MLP
 from jaxllm.models.layers.norm import LayerNorm
 from jaxllm.models.layers.param import normal
 
@@ -55,38 +54,19 @@ class OPTConfig(ModelConfig):
         )
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(gpt2.DecoderLayer):
+    """GPT-2's, or with `norm_first` false the same with each norm after its sum."""
+
     def __init__(self, config: OPTConfig, dtype):
-        initializer = normal(config.initializer_range)
+        super().__init__(config, dtype)
         self.norm_first = config.norm_first
-        self.attention_norm = LayerNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.attention = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_out_bias,
-            dtype=dtype,
-            initializer=initializer,
-        )
-        self.mlp_norm = LayerNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(
-            config.hidden_size,
-            config.intermediate_size,
-            act=config.hidden_act,
-            bias=config.mlp_bias,
-            dtype=dtype,
-            initializer=initializer,
-        )
 
     def __call__(self, x: jax.Array, kv: LayerKV, batch: StepBatch) -> tuple[jax.Array, LayerKV]:
         """x [T, D] -> ([T, D], kv with this step's tokens)."""
-        attended, kv = self.attention(self.attention_norm(x) if self.norm_first else x, None, None, kv, batch)
-        x = x + attended
         if self.norm_first:
-            return x + self.mlp(self.mlp_norm(x)), kv
-        x = self.attention_norm(x)
+            return super().__call__(x, kv, batch)
+        attended, kv = self.attention(x, None, None, kv, batch)
+        x = self.attention_norm(x + attended)
         return self.mlp_norm(x + self.mlp(x)), kv
 
 
