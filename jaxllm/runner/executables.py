@@ -65,7 +65,7 @@ class Executables:
                 self._compile(key, lowered)
                 bar.update()
 
-            for job in [pool.submit(compile_one, key, self._lower(key)) for key in missing]:
+            for job in [pool.submit(compile_one, key, self._lowered(key)) for key in missing]:
                 job.result()
         bar.close()
         self._warm = True
@@ -77,8 +77,16 @@ class Executables:
             self._compiled[key] = program
         return program
 
+    def _lowered(self, key: Hashable) -> jax.stages.Lowered:
+        start = time.perf_counter()
+        lowered = self._lower(key)
+        logger.debug("%s: traced and lowered in %.2f s", key, time.perf_counter() - start)
+        return lowered
+
     def _compile(self, key: Hashable, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        start = time.perf_counter()
         compiled = self._compiled[key] = lowered.compile()
+        logger.debug("%s: compiled in %.2f s", key, time.perf_counter() - start)
         if self._cache is not None:
             self._cache.save(key, compiled)
         return compiled
@@ -88,7 +96,7 @@ class Executables:
             if on_late_compilation == "raise":
                 raise LateCompilation(f"{key} was not compiled at start-up")
             logger.warning("compiling %s after warm-up: this step will take seconds", key)
-        return self._load(key) or self._compile(key, self._lower(key))
+        return self._load(key) or self._compile(key, self._lowered(key))
 
 
 def use_persistent_cache() -> pathlib.Path | None:

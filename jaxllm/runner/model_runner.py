@@ -326,10 +326,9 @@ class ModelRunner:
         shape = self.ladder.mixed[-1]
         self.num_pages = self.max_pages
         self.reset()
-        programs = self._programs()
-        forward, sampler, scorer = (
-            programs[key] for key in (shape, SampleShape(shape.num_rows, Level.FULL), PromptProgram())
-        )
+        programs, largest = self._programs(), [shape, SampleShape(shape.num_rows, Level.FULL), PromptProgram()]
+        programs.warm_up(largest, progress=False)
+        forward, sampler, scorer = (programs[key] for key in largest)
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
         self._kv, state, _, logits, rows, hidden = forward(self.params, self._kv, self._state, idle)
         sampled = self._sample_controlled(sampler, StepPlan(0), state.last_token, logits, rows)
