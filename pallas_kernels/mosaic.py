@@ -3,7 +3,11 @@
 Kernels take `plgpu` and `pl` from here. It knows no op.
 """
 
+import functools
+from collections.abc import Hashable
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
@@ -34,11 +38,28 @@ def num_multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132
 
 
-def kernel(body, *, interpret: bool = False, **options):
-    """plgpu.kernel; `interpret` runs it on a CPU, block after block in the order of the grid."""
+def kernel(body: functools.partial, *, interpret: bool = False, **options):
+    """plgpu.kernel; `interpret` runs it on a CPU, block after block in the order of the grid.
+
+    Making code of a kernel takes seconds of Python, and JAX does it again in each program that calls it. Here it is
+    done once for each `body` (a function with hashable arguments, which decide the options) and shapes.
+    """
     if interpret:
-        options["interpret"] = plgpu.InterpretGPUParams()
-    return plgpu.kernel(body, **options)
+        return plgpu.kernel(body, interpret=plgpu.InterpretGPUParams(), **options)
+
+    def call(*args):
+        key = body.func, body.args, tuple((x.shape, x.dtype) for x in args)
+        if key not in _exported:
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+            checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+            function = jax.jit(plgpu.kernel(body, **options))
+            _exported[key] = jax.export.export(function, platforms=["cuda"], disabled_checks=checks)(*shapes)
+        return _exported[key].call(*args)
+
+    return call
+
+
+_exported: dict[Hashable, jax.export.Exported] = {}
 
 
 def registers_of_words(words: jax.Array, ptx: str, inputs: int, columns: int, dtype) -> list[jax.Array]:

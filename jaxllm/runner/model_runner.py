@@ -38,6 +38,15 @@ logger = logging.getLogger(__name__)
 # Greedy decode steps in one program. On a CPU handing a step over costs little beside the step, and compiling much.
 LOOP_STEPS = {"cpu": 1, "gpu": 8}
 LOOP_WEIGHT_BYTES = 4 * 10**9  # that a GPU reads in a millisecond or so
+# On a CPU compiling is slow, and a padded token cheap compared with it. A GPU reads the weights as long as it computes
+# with the 128 tokens.
+_MIXED_SHAPES = {
+    "cpu": {"smallest_mixed": 32, "mixed_growth": 4},
+    "gpu": {"smallest_mixed": 128, "mixed_growth": 2},
+}
+# From so many tokens on cuBLAS's matrix products are the fastest, and XLA need not try its own, which takes most of the
+# time that a GPU's programs take to compile.
+_MANY_TOKENS = 256
 _TABLE_ENTRIES = 1024  # page-table entries that one call of write_page_table takes
 _WRITE_TABLE = "page table"  # its key among the executables
 
@@ -104,10 +113,11 @@ class ModelRunner:
         self.network, self.params, self.config = network, params, config
         self.max_pages = -(-config.max_model_len // config.block_size)
         platform = _device_of(params).platform
-        # On a CPU compiling is slow, and a padded token cheap compared with it.
-        growth = 4 if platform == "cpu" else 2
         self.loop_steps = self._choose_loop_steps(platform)
-        self.ladder = ShapeLadder.of(config.max_num_seqs, config.max_num_batched_tokens, growth, self.loop_steps)
+        mixed = _MIXED_SHAPES.get(platform, _MIXED_SHAPES["gpu"])
+        self.ladder = ShapeLadder.of(
+            config.max_num_seqs, config.max_num_batched_tokens, **mixed, loop_steps=self.loop_steps
+        )
         self.sampling = SamplingTable(config.max_num_seqs)
         self._host_sampling = HostSampling(
             config.max_num_seqs, network.config.vocab_size, lambda key: self.executables[key]
@@ -288,15 +298,20 @@ class ModelRunner:
         forward = make(self.network, layout)
         forward.__name__ = str(shape).replace(", ", "_").replace(" ", "_")
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        return jax.jit(forward, donate_argnums=(1, 2)).lower(_shapes_of(self.params), kv, state, packed)
+        many = shape.num_tokens >= _MANY_TOKENS and _device_of(self.params).platform == "gpu"
+        options = {"xla_gpu_enable_triton_gemm": False} if many else None
+        program = jax.jit(forward, donate_argnums=(1, 2), compiler_options=options)
+        return program.lower(_shapes_of(self.params), kv, state, packed)
 
     @property
     def program_keys(self) -> list[Any]:
-        """Everything that the runner may ever run; the largest programs first, for they take longest to compile."""
+        """Everything that the runner may ever run; first what takes longest to compile."""
         rows = sorted({shape.num_rows for shape in self.ladder.all})
         samplers = [SampleShape(count, level) for count in rows for level in Level if level > Level.GREEDY]
         scorers = [PromptProgram(), *(PromptProgram(shape.num_tokens) for shape in self.ladder.mixed)]
-        return [*reversed(self.ladder.all), *samplers, *scorers, *self._host_sampling.programs(rows), _WRITE_TABLE]
+        # A GPU has most kernels to choose from for products of few rows.
+        forwards = sorted(self.ladder.all, key=lambda shape: shape.num_tokens)
+        return [*forwards, *samplers, *scorers, *self._host_sampling.programs(rows), _WRITE_TABLE]
 
     def _warm_up(self) -> None:
         seconds = self.executables.warm_up(self.program_keys, self.config.use_tqdm_on_load)

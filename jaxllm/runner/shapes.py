@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-_SMALLEST_MIXED = 32  # tokens
-
 
 @dataclass(frozen=True, order=True)
 class StepShape:
@@ -47,10 +45,15 @@ class ShapeLadder:
 
     @classmethod
     def of(
-        cls, max_num_seqs: int, max_num_batched_tokens: int, mixed_growth: int = 2, loop_steps: int = 1
+        cls,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        smallest_mixed: int = 32,
+        mixed_growth: int = 2,
+        loop_steps: int = 1,
     ) -> "ShapeLadder":
         rows = steps(1, min(max_num_seqs, max_num_batched_tokens), 2)
-        tokens = steps(min(_SMALLEST_MIXED, max_num_batched_tokens), max_num_batched_tokens, mixed_growth)
+        tokens = steps(min(smallest_mixed, max_num_batched_tokens), max_num_batched_tokens, mixed_growth)
         return cls(
             tuple(StepShape(s, s, True) for s in rows),
             tuple(StepShape(t, min(t, max_num_seqs), False) for t in tokens),

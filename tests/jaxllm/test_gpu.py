@@ -73,7 +73,7 @@ def llms(tmp_path, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps(config))
         defaults = dict(
             skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=256,
-            num_gpu_blocks_override=256, use_tqdm_on_load=False,
+            num_gpu_blocks_override=256, use_tqdm_on_load=False, enforce_eager=True,
         )  # fmt: skip
         picked = jaxllm.LLM(tmp_path, **(defaults | fields))
         monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
