@@ -48,6 +48,7 @@ class Sizes(NamedTuple):
     span: Span
     stages: int
     num_ctas: int
+    least: int
     kv_dtype: Any
     dtype: Any
     out_dtype: Any
@@ -463,7 +464,7 @@ class _Cta:
         """The CTA that has the block of that index in the sequence of all blocks."""
         share, rest = self.inputs.shares[0], self.inputs.shares[1]
         in_rest = rest * (share + 1)
-        after = rest + lax.div(index - in_rest, jnp.maximum(share, 1))
+        after = rest + lax.div(index - in_rest, share)
         return jnp.where(index < in_rest, lax.div(index, share + 1), after)
 
     def finish(self, segment, sums):

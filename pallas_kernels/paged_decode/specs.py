@@ -25,6 +25,7 @@ class Spec:
 SPECS = (
     Spec("default-model decode b8 ctx64", 8, 64, 64, 8, 4, 32),
     Spec("default-model decode ragged", 16, 1, 200, 8, 4, 32),
+    Spec("llama3-8b decode b1 ctx1k", 1, 1024, 1024),
     Spec("llama3-8b decode b1 ctx8k", 1, 8192, 8192),
     Spec("llama3-8b decode b16 ctx2k", 16, 2048, 2048),
     Spec("llama3-8b decode b64 ctx2k", 64, 2048, 2048),
