@@ -8,6 +8,8 @@ warning in production.
 import logging
 import os
 import pathlib
+import sys
+import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +58,7 @@ class Executables:
         start = time.perf_counter()
         keys = [key for key in keys if key not in self._compiled]
         bar = tqdm(total=len(keys), desc="Compiling", unit="program", disable=not progress, dynamic_ncols=True)
-        with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
+        with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16), initializer=_give_way) as pool:
             found = list(pool.map(self._load, keys))
             missing = [key for key, program in zip(keys, found, strict=True) if program is None]
             bar.update(len(keys) - len(missing))
@@ -97,6 +99,12 @@ class Executables:
                 raise LateCompilation(f"{key} was not compiled at start-up")
             logger.warning("compiling %s after warm-up: this step will take seconds", key)
         return self._load(key) or self._compile(key, self._lowered(key))
+
+
+def _give_way() -> None:
+    """Lowers this thread's priority. Compilers would crowd out the one thread that has work for them."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def use_persistent_cache() -> pathlib.Path | None:

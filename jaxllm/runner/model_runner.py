@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 LOOP_STEPS = {"cpu": 1, "gpu": 8}
 LOOP_WEIGHT_BYTES = 4 * 10**9  # that a GPU reads in a millisecond or so
 # On a CPU compiling is slow, and a padded token cheap compared with it. A GPU reads the weights as long as it computes
-# with the 128 tokens.
-_MIXED_SHAPES = {
-    "cpu": {"smallest_mixed": 32, "mixed_growth": 4},
-    "gpu": {"smallest_mixed": 128, "mixed_growth": 2},
+# with 16 rows, or with 128 tokens of a step that is not of the shortest.
+_LADDERS = {
+    "cpu": {"few_rows_growth": 2, "smallest_mixed": 32, "mixed_growth": 4},
+    "gpu": {"few_rows_growth": 4, "smallest_mixed": 128, "mixed_growth": 2},
 }
 # From so many tokens on cuBLAS's matrix products are the fastest, and XLA need not try its own, which takes most of the
 # time that a GPU's programs take to compile.
@@ -114,9 +114,9 @@ class ModelRunner:
         self.max_pages = -(-config.max_model_len // config.block_size)
         platform = _device_of(params).platform
         self.loop_steps = self._choose_loop_steps(platform)
-        mixed = _MIXED_SHAPES.get(platform, _MIXED_SHAPES["gpu"])
+        growth = _LADDERS.get(platform, _LADDERS["gpu"])
         self.ladder = ShapeLadder.of(
-            config.max_num_seqs, config.max_num_batched_tokens, **mixed, loop_steps=self.loop_steps
+            config.max_num_seqs, config.max_num_batched_tokens, **growth, loop_steps=self.loop_steps
         )
         self.sampling = SamplingTable(config.max_num_seqs)
         self._host_sampling = HostSampling(

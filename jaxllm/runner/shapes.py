@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_FEW = 16
+
 
 @dataclass(frozen=True, order=True)
 class StepShape:
@@ -48,11 +50,15 @@ class ShapeLadder:
         cls,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        few_rows_growth: int = 2,
         smallest_mixed: int = 32,
         mixed_growth: int = 2,
         loop_steps: int = 1,
     ) -> "ShapeLadder":
-        rows = steps(1, min(max_num_seqs, max_num_batched_tokens), 2)
+        """`few_rows_growth`: how decode shapes grow up to _FEW rows; from there on they double."""
+        most = min(max_num_seqs, max_num_batched_tokens)
+        few = min(_FEW, most)
+        rows = steps(1, few, few_rows_growth)[:-1] + steps(few, most, 2)
         tokens = steps(min(smallest_mixed, max_num_batched_tokens), max_num_batched_tokens, mixed_growth)
         return cls(
             tuple(StepShape(s, s, True) for s in rows),

@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
     padded      whether a tile is one KV head's, filled up
     page_lines  of a page
     span        which blocks a row needs
-    stages, num_ctas    Config's
+    stages, num_ctas, least    Config's
     kv_dtype    of the pages
     dtype       of what the tensor cores take
     """

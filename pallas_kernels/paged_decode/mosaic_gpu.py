@@ -75,7 +75,8 @@ def default_config(tile: int, H: int, kv_dtype=jnp.bfloat16, segments: int = 2**
         stages = (SHARED_MEMORY // ctas - fixed) // (_shared_bytes(tile, H, block, 1, kv_dtype) - fixed)
         if stages >= 3:
             break
-    return Config(block, min(stages, 8), ctas * mosaic.num_multiprocessors())
+    # Four, for adding up the parts of many CTAs takes longer than reading a few blocks.
+    return Config(block, min(stages, 8), ctas * mosaic.num_multiprocessors(), least=4)
 
 
 def _shared_bytes(tile, H, block, stages, kv_dtype=jnp.bfloat16):
@@ -150,8 +151,8 @@ def paged_decode(
     dtype = PRODUCT_DTYPES.get(k_pages.dtype, q.dtype)
     sizes = Sizes(
         S=S, K=K, H=fold * H, tile=tile, group=group, padded=padded, fold=fold, page_lines=page_size // fold,
-        span=Span(config.block_keys * fold, Q, window), stages=config.stages, num_ctas=config.num_ctas, least=config.least,
-        kv_dtype=k_pages.dtype, dtype=dtype, out_dtype=q.dtype, scale=scale, soft_cap=soft_cap,
+        span=Span(config.block_keys * fold, Q, window), stages=config.stages, num_ctas=config.num_ctas,
+        least=config.least, kv_dtype=k_pages.dtype, dtype=dtype, out_dtype=q.dtype, scale=scale, soft_cap=soft_cap,
         interpret=interpret,
     )  # fmt: skip
     columns = tiles(columns.reshape(S, K, group, fold * H).astype(dtype))

@@ -62,7 +62,7 @@ class Schedule(NamedTuple):
 
 
 def cut(kv_lens, page_table, K: int, span: Span, page_tokens: int, G: int, least: int = 1) -> Schedule:
-    """The shares of G CTAs, of at least `least` blocks each, so that where there is little to do some CTAs have nothing.
+    """The shares of G CTAs, of at least `least` blocks each: where there is little to do, some CTAs have nothing.
 
     Depends on no layer's arrays, so XLA computes it once for all layers of a step.
     """

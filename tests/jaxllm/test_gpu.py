@@ -1,5 +1,6 @@
 """The engine on a GPU: JAXLLM_TEST_GPU=1 python -m pytest -m gpu tests"""
 
+import contextlib
 import json
 
 import jax
@@ -63,9 +64,39 @@ LENGTHS = (1, 3, 15, 16, 17, 64, 150, 230)
 MIXED = [np.random.default_rng(length).integers(0, 512, length).tolist() for length in LENGTHS]
 
 
+class LLM(jaxllm.LLM):
+    """One whose programs call the `backend` of kernels, whenever they are compiled."""
+
+    def __init__(self, backend, monkeypatch, *args, **fields):
+        self.backend, self.monkeypatch = backend, monkeypatch
+        with self.kernels():
+            super().__init__(*args, **fields)
+
+    @contextlib.contextmanager
+    def kernels(self):
+        with self.monkeypatch.context() as patch:
+            if self.backend is not None:
+                patch.setenv(dispatch.ENVIRONMENT_VARIABLE, self.backend)
+            yield
+
+    def generate(self, *args, **kwargs):
+        with self.kernels():
+            return super().generate(*args, **kwargs)
+
+    @property
+    def num_kernels(self) -> int:
+        """Mosaic kernels in the largest step's program."""
+        runner = self.llm_engine.runner
+        with self.kernels():
+            return runner.executables[runner.ladder.mixed[-1]].as_text().count("mosaic_gpu")
+
+
 @pytest.fixture
 def llms(tmp_path, monkeypatch):
-    """make(config, **fields): the same bfloat16 model twice, (with the kernels that are picked, with references)."""
+    """make(config, **fields): the same bfloat16 model twice, (with the kernels that are picked, with references).
+
+    Programs are compiled when they are first needed, each model's with its own kernels.
+    """
 
     def make(config, **fields):
         network = build(read_config(config))
@@ -75,17 +106,9 @@ def llms(tmp_path, monkeypatch):
             skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=256,
             num_gpu_blocks_override=256, use_tqdm_on_load=False, enforce_eager=True,
         )  # fmt: skip
-        picked = jaxllm.LLM(tmp_path, **(defaults | fields))
-        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
-        return picked, jaxllm.LLM(tmp_path, **(defaults | fields))
+        return tuple(LLM(backend, monkeypatch, tmp_path, **(defaults | fields)) for backend in (None, "reference"))
 
     return make
-
-
-def kernels_of(llm) -> int:
-    """Mosaic kernels in the largest step's program."""
-    runner = llm.llm_engine.runner
-    return runner.executables[runner.ladder.mixed[-1]].as_text().count("mosaic_gpu")
 
 
 def check_same_tokens(ours, reference, near_tie):
@@ -128,5 +151,5 @@ CASES = {
 def test_greedy_tokens_are_those_of_the_references(case, llms):
     config, fields, near_tie = case
     ours, reference = llms(config, **fields)
-    assert kernels_of(ours) > 0 == kernels_of(reference)
+    assert ours.num_kernels > 0 == reference.num_kernels
     check_same_tokens(ours, reference, near_tie)

@@ -36,3 +36,9 @@ def test_loops_are_the_decode_shapes_once_more():
     assert [shape.num_rows for shape in ladder.loops] == [shape.num_rows for shape in ladder.decode]
     assert ladder.fit(3, 3, True, loop=True) == StepShape(4, 4, True, 4)
     assert ShapeLadder.of(8, 256).loops == ()
+
+
+def test_few_rows_may_grow_faster():
+    ladder = ShapeLadder.of(128, 256, few_rows_growth=4)
+    assert [shape.num_rows for shape in ladder.decode] == [1, 4, 16, 32, 64, 128]
+    assert [shape.num_rows for shape in ShapeLadder.of(6, 256, few_rows_growth=4).decode] == [1, 4, 6]
