@@ -200,7 +200,7 @@ class _Pages(NamedTuple):
             plgpu.barrier_arrive(shared.v_ready.at[slot])
 
     def convert(self, begin, end):
-        """Fetches the 8-bit pages of steps begin <= step < end, one step ahead where there is room for it."""
+        """Fetches the 8-bit pages of steps begin <= step < end, one step ahead, and makes 16-bit ones of them."""
         shared, inputs = self.shared, self.inputs
 
         def fetch_raw(step, raw_slot, source, scales):
@@ -209,30 +209,24 @@ class _Pages(NamedTuple):
             self.copy(ids, scales, shared.raw_scales.at[raw_slot], fetched)
 
         keys = functools.partial(fetch_raw, raw_slot=0, source=inputs.k, scales=inputs.k_scales)
-        v_raw_slot = self.sizes.raw_slots - 1
-        values = functools.partial(fetch_raw, raw_slot=v_raw_slot, source=inputs.v, scales=inputs.v_scales)
-        ahead = v_raw_slot > 0
+        values = functools.partial(fetch_raw, raw_slot=1, source=inputs.v, scales=inputs.v_scales)
 
         def convert_step(step, fetch, raw_slot, target, used, ready):
             slot = _slot(self.sizes, self.base + step)
-            if not ahead:
-                fetch(step)
             plgpu.barrier_wait(shared.raw_fetched.at[raw_slot])
             self.wait_for(used, step)
             valid = self.tile.kv_len - step * self.sizes.config.block_kv
             _dequantize(shared.raw.at[raw_slot], shared.raw_scales.at[raw_slot], target.at[slot], valid, self.sizes)
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready.at[slot])
-            if ahead:
-                pl.when(step + 1 < end)(lambda: fetch(step + 1))
+            pl.when(step + 1 < end)(lambda: fetch(step + 1))
 
         def body(step, _):
             convert_step(step, keys, 0, shared.k, shared.k_used, shared.k_ready)
-            convert_step(step, values, v_raw_slot, shared.v, shared.v_used, shared.v_ready)
+            convert_step(step, values, 1, shared.v, shared.v_used, shared.v_ready)
 
-        if ahead:
-            keys(begin)
-            values(begin)
+        keys(begin)
+        values(begin)
         lax.fori_loop(begin, end, body, None)
 
 

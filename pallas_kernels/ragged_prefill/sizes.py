@@ -99,9 +99,9 @@ def room(H, kv_dtype, config):
     columns, piece = out_columns(H)
     pieces = columns // piece
     raw = config.block_kv * (H + 4) if jnp.dtype(kv_dtype).itemsize == 1 else 0
-    left = SHARED_MEMORY - 2048 - 4 * config.stages * config.block_kv * H  # barriers and the like; keys and values
+    left = SHARED_MEMORY - 3 * 1024 - 4 * config.stages * config.block_kv * H  # barriers and the like; keys and values
     raw_wanted = 2 if raw else 0
-    for slots in ((2, pieces, raw_wanted), (1, pieces, raw_wanted), (1, 1, raw_wanted), (1, 1, raw_wanted // 2)):
+    for slots in ((2, pieces, raw_wanted), (1, pieces, raw_wanted), (1, 1, raw_wanted)):
         q_slots, out_slots, raw_slots = slots
         if q_slots * queries + out_slots * TILE * piece * 2 + raw_slots * raw <= left:
             return slots
