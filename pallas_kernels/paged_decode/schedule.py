@@ -84,6 +84,13 @@ def cut(kv_lens, page_table, K: int, span: Span, page_tokens: int, G: int) -> Sc
     )  # fmt: skip
 
 
+def owner(index, share, rest):
+    """The CTA that has the block of that index in the sequence of all blocks."""
+    in_rest = rest * (share + 1)
+    after = rest + lax.div(index - in_rest, jnp.maximum(share, 1))
+    return jnp.where(index < in_rest, lax.div(index, share + 1), after)
+
+
 def page_entry(span: Span, block, page, kv_len, page_tokens: int):
     """Where in the page table the id of a block's page is.
 
