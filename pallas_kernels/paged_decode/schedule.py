@@ -66,7 +66,7 @@ def cut(kv_lens, page_table, K: int, span: Span, page_tokens: int, G: int) -> Sc
     S = kv_lens.shape[0]
     rows = jnp.arange(S, dtype=jnp.int32)
     blocks = span.count(kv_lens)
-    ends = jnp.sum(jnp.where(rows[None, :] <= rows[:, None], blocks[None, :], 0), axis=1) * K
+    ends = row_ends(kv_lens, K, span)
     share, rest = ends[-1] // G, ends[-1] % G
     cta = jnp.arange(G, dtype=jnp.int32)
     begin = cta * share + jnp.minimum(cta, rest)
@@ -82,6 +82,12 @@ def cut(kv_lens, page_table, K: int, span: Span, page_tokens: int, G: int) -> Sc
     return Schedule(
         starts.astype(jnp.int32), next_row.astype(jnp.int32), jnp.stack([share, rest]).astype(jnp.int32)
     )  # fmt: skip
+
+
+def row_ends(kv_lens, K: int, span: Span):
+    """i32[S]: where each row ends in the sequence of all blocks."""
+    rows = jnp.arange(kv_lens.shape[0])
+    return jnp.sum(jnp.where(rows[None, :] <= rows[:, None], span.count(kv_lens)[None, :], 0), axis=1) * K
 
 
 def owner(index, share, rest):

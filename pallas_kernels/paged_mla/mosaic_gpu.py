@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
-from pallas_kernels.paged_decode.schedule import cut
+from pallas_kernels.paged_decode.schedule import cut, row_ends
 from pallas_kernels.paged_mla import merge
 from pallas_kernels.paged_mla.kernel import BLOCK, HALVES, HEADS, ROTARY, Inputs, Sizes, kernel, scratch
 
@@ -83,7 +83,8 @@ def mla_decode(
     sizes = Sizes(S, N, value_dim, pages.shape[1], config.stages, config.num_ctas, q.dtype, scale, interpret)
     schedule = cut(kv_lens, page_table, sizes.head_blocks, sizes.span, sizes.page_size, sizes.num_ctas)
     out, *parts = _attend(sizes, Inputs(q, pages, page_table, kv_lens, *schedule))
-    return _merge(sizes, schedule, parts, out)
+    ends = row_ends(kv_lens, sizes.head_blocks, sizes.span)
+    return _merge(sizes, (kv_lens, ends, schedule.shares, *parts), out)
 
 
 def _attend(sizes: Sizes, inputs: Inputs):
@@ -107,18 +108,17 @@ def _attend(sizes: Sizes, inputs: Inputs):
     )(*inputs)
 
 
-def _merge(sizes: Sizes, schedule, parts, out):
-    """`out`, in place, with what the workspace has."""
+def _merge(sizes: Sizes, inputs, out):
+    """The second kernel: `out`, in place, with what the workspace has. `inputs`: of merge.kernel."""
     ref = jax.new_ref(out)
     mosaic.kernel(
         functools.partial(merge.kernel, sizes),
         interpret=sizes.interpret,
         out_type=(),
-        scratch_types=merge.scratch(sizes),
         grid=merge.grid(sizes),
-        grid_names=("cta", "piece"),
+        grid_names=("segment", "heads"),
         num_threads=1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(schedule.starts, schedule.shares, *parts, ref)
+    )(*inputs, ref)
     return ref[...]

@@ -21,7 +21,7 @@ CASES = {
     "two head blocks": ([130, 0, 5], (128, 128, 32), (2, 3), "bfloat16"),
     "one row in many parts": ([700], (16, 128, 64), (2, 11), "bfloat16"),
     "more CTAs than blocks": ([70, 3], (64, 128, 32), (3, 9), "float16"),
-    "a part of a part": ([300, 300, 2], (128, 128, 16), (2, 7), "bfloat16"),
+    "parts of several rows": ([300, 300, 2], (16, 128, 16), (2, 7), "bfloat16"),
     "one CTA": ([0, 100, 200, 0], (24, 256, 16), (2, 1), "bfloat16"),
     "DeepSeek's own sizes": ([140, 1, 64], (16, 512, 16), (2, 2), "bfloat16"),
 }
@@ -56,7 +56,7 @@ def test_interpreted(case):
 
 
 @interpreted
-@pytest.mark.parametrize("case", ["one CTA", "a part of a part"])
+@pytest.mark.parametrize("case", ["one CTA", "parts of several rows"])
 def test_no_races(case, monkeypatch, capfd):
     params = functools.partial(mosaic.plgpu.InterpretGPUParams, detect_races=True)
     monkeypatch.setattr(mosaic.plgpu, "InterpretGPUParams", params)

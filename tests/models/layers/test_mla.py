@@ -1,12 +1,18 @@
-"""Latent attention in a network, with the Hopper kernel of its decode rows interpreted and with the reference."""
+"""Latent attention in a network whose decode rows have the Hopper kernel."""
+
+import copy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.models import build, read_config
+from jaxllm.models import LayerKV, StepBatch, build, read_config
 from pallas_kernels import dispatch, mosaic
 from tests.models.stepping import Stepper
+from tests.pallas_kernels.aot import compile_for_h200, needs_cuda_plugin
+
+interpreted = pytest.mark.skipif(mosaic.unsupported(interpret=True) is not None, reason="interpret mode needs jax 0.11")
 
 # One layer of DeepSeek-V2-Lite, narrow, with latents that the kernel takes.
 CONFIG = {
@@ -42,29 +48,48 @@ CONFIG = {
 }
 
 
-def logits_of(network, params):
-    """Of a prompt, of its next token beside another prompt, and of both rows' next tokens."""
-    rows = Stepper(network, params, page_size=16)
-    tokens = np.random.default_rng(0).integers(0, 96, 70).tolist()
-    a = rows.add(tokens)
-    logits = [rows.step({a: len(tokens)})]
-    rows.append(a, 5)
-    b = rows.add(tokens[:15])
-    logits.append(rows.step({a: 1, b: 15}))
-    for row, token in ((a, 7), (b, 9)):
-        rows.append(row, token)
-    logits.append(rows.step({a: 1, b: 1}, decode_only=True, pad=1))
-    return np.stack([step[row] for step in logits for row in sorted(step)])
-
-
-@pytest.mark.skipif(mosaic.unsupported(interpret=True) is not None, reason="interpret mode needs jax 0.11")
+@interpreted
 def test_the_hopper_kernel_in_a_network(monkeypatch):
     network = build(read_config(CONFIG), "bfloat16")
-    params = network.init(jax.random.key(0))
-    expected = logits_of(network, params)
+    rows = Stepper(network, network.init(jax.random.key(0)), page_size=16)
+    tokens = np.random.default_rng(0).integers(0, 96, 70).tolist()
+    a, b = rows.add(tokens), rows.add(tokens[:15])
+    rows.step({a: 70, b: 15})
+
+    def next_logits():
+        again = copy.deepcopy(rows)
+        for row, token in ((a, 7), (b, 9)):
+            again.append(row, token)
+        again._run = jax.jit(again._forward)
+        logits = again.step({a: 1, b: 1}, decode_only=True, pad=1)
+        return np.stack([logits[a], logits[b]])
+
+    expected = next_logits()
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "interpret")
     monkeypatch.setattr(mosaic, "num_multiprocessors", lambda: 2)  # they run one by one
-    jax.clear_caches()
-    logits = logits_of(network, params)
+    logits = next_logits()
     np.testing.assert_allclose(logits, expected, atol=0.02 * np.abs(expected).max())
     assert not np.array_equal(logits, expected)  # it was another implementation
+
+
+@needs_cuda_plugin
+def test_pages_are_written_in_place(monkeypatch):
+    """With the Hopper kernel, and no copy of the pages beside them."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "mosaic_gpu")
+    monkeypatch.setattr(mosaic, "unsupported", lambda interpret: None)  # it looks at this machine's device
+    network = build(read_config(CONFIG | {"kv_lora_rank": 512, "num_attention_heads": 16}), "bfloat16")
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    flat = dict.fromkeys(("token_ids", "positions", "seq_ids", "slots", "kv_lens", "prompt_lens"), ints(64))
+    batch = StepBatch(
+        **flat, page_table=ints(64, 64), query_starts=ints(65), num_decodes=ints(), decode_only=True
+    )  # fmt: skip
+    [(shape, _)] = network.kv_shapes(2**16, 16)
+    pages = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    params, kv = network.abstract_params, (LayerKV(pages, None),)
+    compiled = compile_for_h200(network.forward, params, kv, batch, donate_argnums=1)
+    memory, pool = compiled.memory_analysis(), pages.size * 2
+    assert memory.alias_size_in_bytes >= pool and memory.temp_size_in_bytes < pool / 8
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 2
