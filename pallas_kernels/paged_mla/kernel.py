@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
 
     @property
     def piece(self):
-        """Elements of a value that one instruction sums: twice as many need more registers than all threads can have."""
+        """Elements of a value that one instruction sums: 256 need more registers than 512 threads can start with."""
         return math.gcd(self.half, 128)
 
     @property
