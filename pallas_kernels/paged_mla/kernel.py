@@ -165,7 +165,7 @@ def along_row(x, columns):
 class _Segment(NamedTuple):
     """What of one (row, head block) is in this CTA: blocks `begin` to `stop` of the row's `row_blocks`.
 
-    The first of them is the CTA's block number `first`, and `last` is the number after the last one's.
+    Among the CTA's own blocks they are number `first` to `end`.
     """
 
     row: jax.Array

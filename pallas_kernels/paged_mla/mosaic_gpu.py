@@ -74,9 +74,7 @@ def supported(q, pages, page_table, kv_lens, *, value_dim, scale, interpret=Fals
 
 
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
-def mla_decode(
-    q, pages, page_table, kv_lens, *, value_dim, scale, config: Config | None = None, interpret=False
-):  # fmt: skip
+def mla_decode(q, pages, page_table, kv_lens, *, value_dim, scale, config: Config | None = None, interpret=False):
     """See pallas_kernels.paged_mla. `config`: instead of default_config's; `interpret`: for a CPU, slowly."""
     S, N, _ = q.shape
     config = config or default_config(value_dim)

@@ -56,6 +56,18 @@ def test_interpreted(case):
 
 
 @interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_interpreted_at_random(seed):
+    rng = np.random.default_rng(seed)
+    page_size = int(rng.choice([16, 32, 64]))
+    lengths = [0, 1, page_size - 1, page_size, page_size + 1, *rng.integers(0, 400, 3).tolist()]
+    kv_lens = rng.choice(lengths, rng.integers(1, 7)).tolist()
+    heads = int(rng.choice([8, 16, 128]))
+    test_interpreted((kv_lens, (heads, 128, page_size), (int(rng.integers(2, 5)), int(rng.integers(1, 12))), "float16"))
+
+
+@interpreted
 def test_merging_several_heads_at_once(monkeypatch):
     """As for large batches, which are too slow to interpret."""
     monkeypatch.setattr(merge, "heads_at_once", lambda sizes: 8)
