@@ -38,14 +38,17 @@ def num_multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132
 
 
-def kernel(body: functools.partial, *, interpret: bool = False, **options):
+def kernel(body: functools.partial, *, interpret: bool = False, in_place: bool = False, **options):
     """plgpu.kernel; `interpret` runs it on a CPU, block after block in the order of the grid.
 
     Making code of a kernel takes seconds of Python, and JAX does it again in each program that calls it. Here it is
-    done once for each `body` (a function with hashable arguments, which decide the options) and shapes.
+    done once for each `body` (a function with hashable arguments, which decide the options) and shapes; but not for one
+    that works `in_place`, on references (jax.new_ref) among its arguments, which cannot be exported.
     """
     if interpret:
-        return plgpu.kernel(body, interpret=plgpu.InterpretGPUParams(), **options)
+        options["interpret"] = plgpu.InterpretGPUParams()
+    if interpret or in_place:
+        return plgpu.kernel(body, **options)
 
     def call(*args):
         key = body.func, body.args, tuple((x.shape, x.dtype) for x in args)

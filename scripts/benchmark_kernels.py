@@ -30,6 +30,10 @@ from pallas_kernels.paged_decode import mosaic_gpu as decode_kernel
 from pallas_kernels.paged_decode import reference as decode_reference
 from pallas_kernels.paged_decode.specs import SPECS as DECODE_SPECS
 from pallas_kernels.paged_decode.specs import Spec as DecodeSpec
+from pallas_kernels.paged_mla import mosaic_gpu as mla_kernel
+from pallas_kernels.paged_mla import reference as mla_reference
+from pallas_kernels.paged_mla.specs import SPECS as MLA_SPECS
+from pallas_kernels.paged_mla.specs import Spec as MlaSpec
 from pallas_kernels.quant_matmul import QuantizedWeight
 from pallas_kernels.quant_matmul import abstract as abstract_weight
 from pallas_kernels.quant_matmul import mosaic_gpu as quant_kernel
@@ -225,6 +229,105 @@ def decode_cases(effort: str) -> Iterator[Case]:
                 functools.partial(check_decode, spec, page_size, kernel),
                 functools.partial(decode_chain, spec, page_size, kernel),
                 decode_bytes(spec, lens),
+            )
+
+
+# --- paged_mla
+
+
+def mla_lens(spec: MlaSpec) -> np.ndarray:
+    return np.random.default_rng(0).integers(spec.min_len, spec.max_len + 1, spec.num_rows)
+
+
+def mla_flops(spec: MlaSpec) -> float:
+    """Of the scores and of the weights' products with the values."""
+    return 2.0 * spec.num_heads * (2 * spec.value_dim + spec.rotary_dim) * float(mla_lens(spec).sum())
+
+
+def mla_bytes(spec: MlaSpec) -> float:
+    return 2.0 * (spec.value_dim + spec.rotary_dim) * float(mla_lens(spec).sum())
+
+
+def mla_inputs(spec: MlaSpec, page_size: int, copies: int, poison: bool) -> tuple:
+    """Queries, pages, a table for each of `copies` calls, and KV lengths. With poison: NaN in everything that no row
+    owns, pages that do not exist in the tables, and every third row unused."""
+    rng = np.random.default_rng(0)
+    lens, H = mla_lens(spec), spec.value_dim + spec.rotary_dim
+    pages = -(-lens // page_size)
+    total = int(pages.sum())
+    free = rng.permutation(copies * total)
+    valid = np.zeros((copies * total + 1, page_size), bool)
+    tables = np.full((copies, spec.num_rows, int(pages.max()) + 3), 2**30 if poison else 0, np.int32)
+    ends = np.cumsum(pages)
+    for copy, row in itertools.product(range(copies), range(spec.num_rows)):
+        taken = free[copy * total + ends[row] - pages[row] : copy * total + ends[row]]
+        tables[copy, row, : len(taken)] = taken
+        valid[taken] = np.arange(len(taken) * page_size).reshape(-1, page_size) < lens[row]
+    keys = jax.random.split(jax.random.key(0))
+    pool = jax.random.normal(keys[0], (*valid.shape, H), jnp.bfloat16)
+    if poison:
+        pool = jnp.where(valid[:, :, None], pool, jnp.nan)
+        lens[1::3] = 0
+    q = jax.random.normal(keys[1], (spec.num_rows, spec.num_heads, H), jnp.bfloat16)
+    return q, pool, [jnp.asarray(table) for table in tables], jnp.asarray(lens, jnp.int32)
+
+
+def check_mla(spec: MlaSpec, page_size: int, kernel: Callable) -> float:
+    q, pool, (table,), lens = mla_inputs(spec, page_size, 1, poison=True)
+    options = dict(value_dim=spec.value_dim, scale=(spec.value_dim + spec.rotary_dim) ** -0.5)
+    expected = np.asarray(mla_reference.mla_decode(q, pool, table, lens, **options), np.float32)
+    outs = []
+    for _ in range(2):
+        # Freed at once, and likely what the output and the workspace are allocated from.
+        jax.block_until_ready([jnp.full(size, jnp.nan, jnp.float32) for size in (q.size // 2, 2**23, 2**15)])
+        outs.append(np.asarray(kernel(q, pool, table, lens), np.float32))
+    if not np.array_equal(outs[0], outs[1]):
+        raise AssertionError(f"two runs differ, by {np.abs(outs[0] - outs[1]).max()}")
+    difference = float(np.abs(outs[0] - expected).max())  # NaN if there is one
+    if not difference < 0.02:
+        bad = np.unique(np.argwhere(~(np.abs(outs[0] - expected) < 0.02))[:, 0])
+        raise AssertionError(f"difference {difference} from the reference; rows {bad[:20].tolist()} of {len(expected)}")
+    return difference
+
+
+def mla_chain(spec: MlaSpec, page_size: int, kernel: Callable) -> tuple[Callable, tuple]:
+    copies = int(np.clip(-(-BEYOND_CACHE // mla_bytes(spec)), 2, CHAIN))
+    q, pool, tables, lens = mla_inputs(spec, page_size, copies, poison=False)
+    queries = [jax.random.normal(key, q.shape, q.dtype) for key in jax.random.split(jax.random.key(1), CHAIN)]
+
+    @jax.jit
+    def chain(queries, pool, tables, lens):
+        return [kernel(q, pool, tables[i % len(tables)], lens) for i, q in enumerate(queries)]
+
+    return chain, (queries, pool, tables, lens)
+
+
+def mla_cases(effort: str) -> Iterator[Case]:
+    """The default configuration; then larger pages; then, if asked for, other configurations.
+
+    Many heads have as much to do for the tensor cores as for the memory: the ceiling is what takes longer.
+    """
+    sms = mla_kernel.mosaic.num_multiprocessors()
+    variants: list[tuple[int, Any]] = [(16, None)]
+    if effort != "quick":
+        variants += [(64, None)]
+    if effort == "configs":
+        variants += [(16, mla_kernel.Config(2, ctas)) for ctas in (sms // 2, 2 * sms)]
+    for page_size, config in variants:
+        for spec in MLA_SPECS:
+            kernel = functools.partial(
+                mla_kernel.mla_decode, value_dim=spec.value_dim, scale=(spec.value_dim + spec.rotary_dim) ** -0.5,
+                config=config,
+            )  # fmt: skip
+            compute_bound = spec.num_heads > 64
+            yield Case(
+                "paged_mla",
+                spec.name,
+                f"page {page_size}, {config or 'default'}",
+                functools.partial(check_mla, spec, page_size, kernel),
+                functools.partial(mla_chain, spec, page_size, kernel),
+                mla_flops(spec) if compute_bound else mla_bytes(spec),
+                "flops" if compute_bound else "bytes",
             )
 
 
@@ -437,6 +540,7 @@ def quant_cases(effort: str) -> Iterator[Case]:
 
 OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "paged_decode": decode_cases,
+    "paged_mla": mla_cases,
     "ragged_prefill": prefill_cases,
     "quant_matmul": quant_cases,
 }

@@ -13,7 +13,7 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import pl, plgpu
-from pallas_kernels.paged_decode.schedule import Span, divide, page_entry
+from pallas_kernels.paged_decode.schedule import Span, divide, owner, page_entry
 
 LOG2_E = math.log2(math.e)
 # Finite, so that the difference of two masked scores is 0 and not NaN.
@@ -460,16 +460,10 @@ class _Cta:
 
     # --- segments become rows of the output
 
-    def owner(self, index):
-        """The CTA that has the block of that index in the sequence of all blocks."""
-        share, rest = self.inputs.shares[0], self.inputs.shares[1]
-        in_rest = rest * (share + 1)
-        after = rest + lax.div(index - in_rest, share)
-        return jnp.where(index < in_rest, lax.div(index, share + 1), after)
-
     def finish(self, segment, sums):
         """Takes in the sums of a segment: to the workspace, or with what lies there to the output."""
-        first_index = self.index * self.inputs.shares[0] + jnp.minimum(self.index, self.inputs.shares[1])
+        share, rest = self.inputs.shares[0], self.inputs.shares[1]
+        first_index = self.index * share + jnp.minimum(self.index, rest)
 
         @pl.when(segment.begin > 0)
         def _began_in_an_earlier_cta():  # which only a CTA's first segment can have done
@@ -478,14 +472,14 @@ class _Cta:
             self.outputs.top[self.index] = top
             self.outputs.total[self.index] = total
             if self.arrived is not None:
-                owner = self.owner(first_index - segment.begin)
-                plgpu.semaphore_signal(self.arrived.at[owner], 1, memory_scope="gpu")
+                earlier = owner(first_index - segment.begin, share, rest)
+                plgpu.semaphore_signal(self.arrived.at[earlier], 1, memory_scope="gpu")
 
         @pl.when(segment.begin == 0)
         def _begins_here():
             # Only a CTA's last segment can go on in later ones.
             end = first_index + self.count - 1 + segment.row_blocks - segment.stop
-            last_cta = jnp.where(segment.stop < segment.row_blocks, self.owner(end), self.index)
+            last_cta = jnp.where(segment.stop < segment.row_blocks, owner(end, share, rest), self.index)
             if self.arrived is not None:
 
                 @pl.when(last_cta > self.index)

@@ -69,7 +69,7 @@ def cut(kv_lens, page_table, K: int, span: Span, page_tokens: int, G: int, least
     S = kv_lens.shape[0]
     rows = jnp.arange(S, dtype=jnp.int32)
     blocks = span.count(kv_lens)
-    ends = jnp.sum(jnp.where(rows[None, :] <= rows[:, None], blocks[None, :], 0), axis=1) * K
+    ends = row_ends(kv_lens, K, span)
     share = jnp.maximum(ends[-1] // G, least)
     rest = jnp.maximum(ends[-1] - share * G, 0)
     cta = jnp.arange(G, dtype=jnp.int32)
@@ -87,6 +87,19 @@ def cut(kv_lens, page_table, K: int, span: Span, page_tokens: int, G: int, least
     return Schedule(
         starts.astype(jnp.int32), next_row.astype(jnp.int32), jnp.stack([share, rest]).astype(jnp.int32)
     )  # fmt: skip
+
+
+def row_ends(kv_lens, K: int, span: Span):
+    """i32[S]: where each row ends in the sequence of all blocks."""
+    rows = jnp.arange(kv_lens.shape[0])
+    return jnp.sum(jnp.where(rows[None, :] <= rows[:, None], span.count(kv_lens)[None, :], 0), axis=1) * K
+
+
+def owner(index, share, rest):
+    """The CTA that has the block of that index in the sequence of all blocks."""
+    in_rest = rest * (share + 1)
+    after = rest + lax.div(index - in_rest, share)
+    return jnp.where(index < in_rest, lax.div(index, share + 1), after)
 
 
 def page_entry(span: Span, block, page, kv_len, page_tokens: int):

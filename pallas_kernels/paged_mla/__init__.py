@@ -1,12 +1,20 @@
 """paged_mla: multi-head latent attention over pages, of one query a row and of many rows' new tokens."""
 
+from functools import partial
+
 import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import check_shape
-from pallas_kernels.paged_mla import reference
+from pallas_kernels.paged_mla import mosaic_gpu, reference
 
-_DECODE = {"reference": dispatch.Implementation(reference.mla_decode)}
+_DECODE = {
+    "mosaic_gpu": dispatch.Implementation(mosaic_gpu.mla_decode, mosaic_gpu.supported, platforms=("gpu",)),
+    "interpret": dispatch.Implementation(
+        partial(mosaic_gpu.mla_decode, interpret=True), partial(mosaic_gpu.supported, interpret=True), platforms=()
+    ),
+    "reference": dispatch.Implementation(reference.mla_decode),
+}
 _PREFILL = {"reference": dispatch.Implementation(reference.mla_prefill)}
 
 

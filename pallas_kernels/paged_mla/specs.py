@@ -18,6 +18,7 @@ class Spec:
 
 
 SPECS = (
+    Spec("deepseek-v2-lite decode b1 ctx8k", 1, 8192, 8192, num_heads=16),
     Spec("deepseek-v2-lite decode b64 ctx2k", 64, 2048, 2048, num_heads=16),
     Spec("deepseek-v3 decode b1 ctx8k", 1, 8192, 8192),
     Spec("deepseek-v3 decode b64 ctx2k", 64, 2048, 2048),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.paged_decode import mosaic_gpu
+from pallas_kernels.paged_mla import mosaic_gpu as mla
 from tests.pallas_kernels.aot import compile_for_h200, needs_cuda_plugin, registers_and_spills
 
 ROWS, HEADS, PAGES = 8, 8, 4096
@@ -48,3 +49,21 @@ def test_paged_decode(case, monkeypatch, capfd):
     assert spilled == 0 and registers <= most_registers
     pool = PAGES * HEADS * page_size * H * jnp.dtype(kv_dtype).itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < pool / 8
+
+
+@needs_cuda_plugin
+@pytest.mark.parametrize(("N", "page_size"), [(16, 16), (128, 64)], ids=["v2-lite", "v3, page 64"])
+def test_mla_decode(N, page_size, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    num_pages = 2**20 // page_size
+    pages = jax.ShapeDtypeStruct((num_pages, page_size, 576), jnp.bfloat16)
+    table, lens = jax.ShapeDtypeStruct((ROWS, 64), jnp.int32), jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+
+    def call(*args):
+        return mla.mla_decode(*args, value_dim=512, scale=0.1)
+
+    compiled = compile_for_h200(call, jax.ShapeDtypeStruct((ROWS, N, 576), jnp.bfloat16), pages, table, lens)
+    attend, merge = registers_and_spills("".join(capfd.readouterr()))
+    # 128 for each of 512 threads are all that there are: the warpgroups divide them anew.
+    assert attend == (128, 0) and merge[1] == 0
+    assert compiled.memory_analysis().temp_size_in_bytes < num_pages * page_size * 576 * 2 / 8

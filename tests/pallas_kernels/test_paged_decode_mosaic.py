@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels import mosaic
 from pallas_kernels.paged_decode import mosaic_gpu, reference
 from pallas_kernels.paged_decode.mosaic_gpu import Config
-from pallas_kernels.paged_decode.schedule import Span, cut
+from pallas_kernels.paged_decode.schedule import Span, cut, owner, row_ends
 from pallas_kernels.paged_decode.specs import SPECS
 from tests.pallas_kernels.dense import attend, forget, quantize, random_pages, rounded
 
@@ -143,6 +143,12 @@ def test_schedule_takes_every_block_once(lens, K, G, queries_and_window, least):
             if j == len(blocks[row]):
                 row, head, j = (next_row[row], 0, 0) if head == K - 1 else (row, head + 1, 0)
     assert taken == wanted
+    owners = np.repeat(np.arange(G), starts[:, 4])
+    np.testing.assert_array_equal(owners_of(jnp.arange(90), share, rest)[: len(taken)], owners)
+    np.testing.assert_array_equal(row_ends(jnp.array(lens), K, span), K * np.cumsum([len(n) for n in blocks]))
+
+
+owners_of = jax.jit(jax.vmap(owner, in_axes=(0, None, None)))
 
 
 def blocks_seen(length, span):
