@@ -7,12 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-__all__ = ["kernel", "num_multiprocessors", "pl", "plgpu", "registers_of_words", "unsupported"]
+__all__ = [
+    "add_product",
+    "copy_by_warps",
+    "kernel",
+    "num_multiprocessors",
+    "pl",
+    "plgpu",
+    "registers_of_words",
+    "store_transposed",
+    "unsupported",
+    "wait_for_copies",
+]
 
 
 def unsupported(interpret: bool = False) -> str | None:
@@ -42,7 +53,7 @@ def kernel(body, *, interpret: bool = False, **options):
 
 
 def registers_of_words(words: jax.Array, ptx: str, inputs: int, columns: int, dtype) -> list[jax.Array]:
-    """Makes left operands of wgmma from 32-bit words that already lie with the threads that need them.
+    """Makes left operands of the tensor cores from 32-bit words that already lie with the threads that need them.
 
     A register holds two values of 16 bits or four of 8 bits that are neighbours in a row. A thread's registers go by
     columns, 8 or 16 a register, then by row / 8.
@@ -88,8 +99,178 @@ def registers_of_words(words: jax.Array, ptx: str, inputs: int, columns: int, dt
     return convert(words)
 
 
+def copy_by_warps(words, rows, wanted) -> None:
+    """Begins to copy from global to shared memory, if `wanted`, a scalar. See `wait_for_copies`.
+
+    What a warp copies is for itself alone, so that no warp waits for another.
+
+    Args:
+      words: (source, target), references to i32[n, 128] without transforms, n a multiple of 4. For the threads that
+        have them in the layout WG_STRIDED with vec_size 4.
+      rows: list of (source, target), references to [n, 64] without transforms, of 16 or 32 bits. A warp of a warpgroup
+        gets 16 elements of each line, which has the rows that are its own in the layout WGMMA.
+    """
+    pairs = [words, *rows]
+
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 2 * len(pairs), plgpu.Layout.WG_SPLAT(())))
+    def copy(_, *arguments):
+        refs, wanted = arguments[:-1], arguments[-1].registers.item()
+        i32 = ir.IntegerType.get_signless(32)
+        wanted = arith.cmpi(arith.CmpIPredicate.ne, wanted, mgpu.c(0, i32))
+        thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
+        size = 4 * refs[0].type.shape[0] * 128
+        _copy_pieces(refs[0], refs[1], arith.muli(thread, mgpu.c(16, i32)), range(0, size, 2048), wanted)
+        lane, warp = arith.remui(thread, mgpu.c(32, i32)), arith.divui(thread, mgpu.c(32, i32))
+        for source, target in zip(refs[2::2], refs[3::2], strict=True):
+            lines, elements = source.type.shape
+            line = elements * mgpu.utils.bitwidth(source.type.element_type) // 8
+            pieces = mgpu.c(line // 64, i32)  # of 16 bytes, in a warp's quarter
+            own, piece = arith.divui(lane, pieces), arith.remui(lane, pieces)
+            there = arith.andi(wanted, arith.cmpi(arith.CmpIPredicate.ult, own, mgpu.c(lines, i32)))
+            offset = arith.addi(arith.muli(own, mgpu.c(line, i32)), arith.muli(warp, mgpu.c(line // 4, i32)))
+            _copy_pieces(source, target, arith.addi(offset, arith.muli(piece, mgpu.c(16, i32))), [0], there)
+        _act("cp.async.commit_group;", [], "")
+
+    copy(*[ref for pair in pairs for ref in pair], wanted.astype(jnp.int32))
+
+
+def _copy_pieces(source, target, offset, skips, wanted):
+    """16 bytes of each thread, at an offset of its own and then as far on as `skips` says."""
+    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+    start = arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(source)), arith.extui(i64, offset))
+    end = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(target)), offset)
+    for skip in skips:
+        _act(f"@$0 cp.async.cg.shared.global.L2::128B [$1 + {skip}], [$2 + {skip}], 16;", [wanted, end, start], "b,r,l")
+
+
+def wait_for_copies(but: int) -> None:
+    """Waits for the warp's calls of copy_by_warps, but for the last ones."""
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        _act(f"cp.async.wait_group {but};\n bar.warp.sync 0xffffffff;", [], "")
+
+    wait()
+
+
+def _act(ptx, operands, constraints):
+    """PTX instructions that change memory."""
+    constraints = ",".join(filter(None, [constraints, "~{memory}"]))
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ptx, constraints, has_side_effects=True)
+
+
+def add_product(acc: jax.Array, values: jax.Array, x) -> jax.Array:
+    """acc + values x transposed activations, by the tensor cores' instructions for a single warp.
+
+    Unlike wgmma these wait for nothing but their operands.
+
+    Args:
+      acc: float32 [64, n] in the layout WGMMA, n a multiple of 8.
+      values: bfloat16 or float16 [64, columns] in the layout WGMMA, columns a multiple of 16.
+      x: of the same dtype, [up to n, columns] in shared memory without transforms. Beyond its last row comes this again.
+        A row and the next should be an odd multiple of 16 bytes apart, so that all banks are busy.
+
+    Returns: float32 [64, n] in the layout WGMMA.
+    """
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, layout, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=layout),
+    )
+    def multiply(_, acc, values, x):
+        # [columns / 8, row / 8] and [n / 8, row / 8], each a vector of two neighbours in a row
+        left = values.registers.reshape(-1, 2)
+        zeros = [mgpu.c(0.0, ir.F32Type.get())] * 4
+        sums = [[_elements(pair), zeros] for pair in acc.registers.reshape(-1, 2)]  # two, which do not wait for another
+        dtype = str(values.mlir_dtype)
+        i32 = ir.IntegerType.get_signless(32)
+        for k in range(0, len(left), 4):
+            many = left[k : k + 4]
+            registers = [mgpu.utils.bitcast(register, i32) for register in many.flat]
+            for n in range(len(sums)):
+                right = _load_matrices(x, 8 * n, 8 * k, len(many))
+                for i in range(0, len(many), 2):
+                    one = (k + i) // 2 % 2
+                    sums[n][one] = _mma(dtype, sums[n][one], registers[2 * i : 2 * i + 4], right[i : i + 2])
+        sums = [[arith.addf(a, b) for a, b in zip(*both, strict=True)] for both in sums]
+        registers = np.array([_pair(pair) for each in sums for pair in (each[:2], each[2:])], dtype=object)
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(acc.registers.shape), _layout=acc.layout, _is_signed=None
+        )
+
+    return multiply(acc, values, x)
+
+
+def store_transposed(values: jax.Array, ref) -> None:
+    """ref[...] = values.T[: rows of ref], in global memory; values are float32 [64, n] in the layout WGMMA."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+    def store(_, values, ref):
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        (stride, _), _ = ref.type.get_strides_and_offset()
+        thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
+        lane, warp = arith.remui(thread, mgpu.c(32, i32)), arith.divui(thread, mgpu.c(32, i32))
+        row = arith.addi(arith.muli(warp, mgpu.c(16, i32)), arith.divui(lane, mgpu.c(4, i32)))
+        column = arith.muli(arith.remui(lane, mgpu.c(4, i32)), mgpu.c(2, i32))
+        size = mgpu.utils.bitwidth(ref.type.element_type) // 8
+        offset = arith.addi(arith.muli(column, mgpu.c(stride, i32)), row)
+        start = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+        start = arith.addi(start, arith.muli(arith.extsi(i64, offset), mgpu.c(size, i64)))
+        values = values.astype(ref.type.element_type)
+        for n, pairs in enumerate(values.registers.reshape(-1, 2)):
+            for i, value in enumerate(_elements(pairs)):
+                within = 8 * n + i % 2  # what of the column is the same for all threads
+                address = arith.addi(start, mgpu.c(size * (within * stride + i // 2 * 8), i64))
+                there = arith.cmpi(
+                    arith.CmpIPredicate.slt, arith.addi(column, mgpu.c(within, i32)), mgpu.c(ref.type.shape[0], i32)
+                )
+                value = mgpu.utils.bitcast(value, ir.IntegerType.get_signless(8 * size))
+                _act(f"@$0 st.global.b{8 * size} [$1], $2;", [there, address, value], "b,l," + {2: "h", 4: "r"}[size])
+
+    store(values, ref)
+
+
+def _elements(vectors):
+    return [vector.extract(v, [], [i]) for v in vectors for i in range(2)]
+
+
+def _pair(elements):
+    return vector.from_elements(ir.VectorType.get((2,), elements[0].type), elements)
+
+
+def _load_matrices(x, row, column, count):
+    """Registers of 8 rows and 8 columns each, next to each other; x is [rows, columns] in shared memory."""
+    i32 = ir.IntegerType.get_signless(32)
+    (stride, _), _ = x.type.get_strides_and_offset()
+    lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, i32))
+    # Every 8 threads say where a matrix has its rows.
+    row = arith.addi(arith.remui(lane, mgpu.c(8, i32)), mgpu.c(row, i32))
+    row = arith.minui(row, mgpu.c(x.type.shape[0] - 1, i32))
+    matrix = arith.divui(lane, mgpu.c(8, i32))
+    offset = arith.addi(arith.muli(row, mgpu.c(2 * stride, i32)), arith.muli(matrix, mgpu.c(16, i32)))
+    address = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(x)), offset)
+    outputs = ", ".join(f"${i}" for i in range(count))
+    ptx = f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{outputs}}}, [${count} + {2 * column}];"
+    # Has an effect as far as the compiler is told, for what is there changes.
+    return _inline(ptx, [i32] * count, [address], ",".join(["=r"] * count + ["r"]), has_side_effects=True)
+
+
+def _mma(dtype, sums, left, right):
+    ptx = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+    ptx += " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    return _inline(ptx, [ir.F32Type.get()] * 4, [*left, *right, *sums], constraints)
+
+
+def _inline(ptx, types, operands, constraints, has_side_effects=False):
+    """The results of PTX instructions, of one type."""
+    struct = llvm.inline_asm(
+        llvm.StructType.get_literal(types), operands, ptx, constraints, has_side_effects=has_side_effects
+    )
+    return [llvm.extractvalue(type, struct, [i]) for i, type in enumerate(types)]
+
+
 def _four_registers(ptx, words):
     i32 = ir.IntegerType.get_signless(32)
-    constraints = ",".join(["=&r"] * 4 + ["r"] * len(words))
-    struct = llvm.inline_asm(llvm.StructType.get_literal([i32] * 4), words, "{" + ptx + "}", constraints)
-    return [llvm.extractvalue(i32, struct, [i]) for i in range(4)]
+    return _inline("{" + ptx + "}", [i32] * 4, words, ",".join(["=&r"] * 4 + ["r"] * len(words)))

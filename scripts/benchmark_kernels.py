@@ -30,7 +30,7 @@ from pallas_kernels.paged_decode import mosaic_gpu as decode_kernel
 from pallas_kernels.paged_decode import reference as decode_reference
 from pallas_kernels.paged_decode.specs import SPECS as DECODE_SPECS
 from pallas_kernels.paged_decode.specs import Spec as DecodeSpec
-from pallas_kernels.quant_matmul import QuantizedWeight
+from pallas_kernels.quant_matmul import QuantizedWeight, few_rows
 from pallas_kernels.quant_matmul import abstract as abstract_weight
 from pallas_kernels.quant_matmul import mosaic_gpu as quant_kernel
 from pallas_kernels.quant_matmul import reference as quant_reference
@@ -392,7 +392,7 @@ def dense_chain(spec: QuantSpec) -> tuple[Callable, tuple]:
     return jax.jit(lambda x, weights: [x @ weight.T for weight in weights]), (quant_activations(spec), weights)
 
 
-def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[quant_kernel.Config]:
+def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[Any]:
     """All that fit but the default."""
     default = quant_kernel.default_config(weight, spec.batch)
     configs = []
@@ -401,7 +401,17 @@ def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[quant_
         config = quant_kernel.with_stages(weight, config)
         if config != default and quant_kernel.fits(weight, config):
             configs.append(config)
-    return configs
+    few = few_rows.default_config(weight, spec.batch)
+    if few is None or spec.activation is not None:
+        return configs
+    R, sms = weight.codes.shape[0], quant_kernel.mosaic.num_multiprocessors()
+    others = [
+        few_rows.Config(warpgroups, split, min(R, ctas * sms // split), stages)
+        for warpgroups, ctas in ((4, 1), (8, 1), (6, 1), (2, 2), (4, 2), (2, 3), (2, 4), (1, 4))
+        for split in (1, 2, 4)
+        for stages in (2, 3, 4, 6, 8, 12)
+    ]
+    return [one for one in dict.fromkeys(others) if one != few and few_rows.fits(weight, spec.batch, one)] + [default]
 
 
 def quant_cases(effort: str) -> Iterator[Case]:
