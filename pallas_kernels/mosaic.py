@@ -167,8 +167,8 @@ def add_product(acc: jax.Array, values: jax.Array, x) -> jax.Array:
     Args:
       acc: float32 [64, n] in the layout WGMMA, n a multiple of 8.
       values: bfloat16 or float16 [64, columns] in the layout WGMMA, columns a multiple of 16.
-      x: of the same dtype, [up to n, columns] in shared memory without transforms. Beyond its last row comes this again.
-        A row and the next should be an odd multiple of 16 bytes apart, so that all banks are busy.
+      x: of the same dtype, [up to n, columns] in shared memory without transforms; its last row stands for those that
+        it lacks. A row and the next should be an odd multiple of 16 bytes apart, so that all banks are busy.
 
     Returns: float32 [64, n] in the layout WGMMA.
     """
