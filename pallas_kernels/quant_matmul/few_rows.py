@@ -35,6 +35,7 @@ SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 # Makes of a copy one of a line of bytes, which needs no description of the array, and may be long.
 _IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+_COMPILERS = 6144  # bytes of shared memory that it takes or leaves between arrays, at most
 _PAD = 8  # elements after a row of activations, which puts rows into different banks
 
 
@@ -56,7 +57,10 @@ class Config:
 
 
 def default_config(weight: QuantizedWeight, batch: int) -> Config | None:
-    """A CTA on each multiprocessor, with 512 threads and 96 KB or half of it under way. None if that does not fit, or for more rows."""
+    """A CTA on each multiprocessor, with 512 threads and 96 KB or half of it under way.
+
+    None if that does not fit, or for more rows.
+    """
     R, C = weight.codes.shape[:2]
     sms = mosaic.num_multiprocessors()
     warpgroups = min(4, C)
@@ -80,11 +84,11 @@ def fits(weight: QuantizedWeight, batch: int, config: Config) -> bool:
     stage = KINDS[weight.format].words * 512 + groups * TILE_ROWS * (weight.scales.dtype.itemsize + 2)
     sums = 4 * (batch + -batch % 8) * TILE_ROWS
     x = 2 * batch * (-(-C // config.split) * TILE_COLUMNS + _PAD)
-    return config.warpgroups * (config.stages * stage + sums) + x + 4096 <= SHARED_MEMORY
+    return config.warpgroups * (config.stages * stage + sums) + x + _COMPILERS <= SHARED_MEMORY
 
 
 class _Sizes(NamedTuple):
-    """Static sizes of a call. `tiles`, `column_tiles`: of the whole weight; `groups`: of a tile, 0 if a row has one scale."""
+    """Static sizes of a call. `tiles` and `column_tiles` are the weight's, `groups` a tile's: 0 if a row has one scale."""
 
     config: Config
     format: str

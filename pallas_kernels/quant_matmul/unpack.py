@@ -74,7 +74,7 @@ def along_columns(values, shape):
 
 
 def codes_of(words, format, dtype, span, interpret):
-    """A tile's codes as they are, for activations of the same type: arrays [64, span], columns as _quantize has them."""
+    """A tile's codes as they are, for activations of their type: arrays [64, span], columns as `_quantize` has them."""
     if interpret:
         codes = unpack_tiles(words[None, None], format).astype(dtype)
         codes = codes.reshape(TILE_ROWS, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(codes.shape)

@@ -1,4 +1,4 @@
-"""The Hopper kernel of quant_matmul for few rows, interpreted against NumPy; on a GPU it is test_quant_matmul_mosaic's."""
+"""The Hopper kernel of quant_matmul for few rows, interpreted against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ interpreted = pytest.mark.skipif(mosaic.unsupported(interpret=True) is not None,
 # Format, group size, zeros; batch, out, in; (warpgroups, split, CTAs, stages); dtype.
 CASES = {
     "int4": (("int4", 128, None), (3, 192, 512), (2, 1, 2, 3), "bfloat16"),
-    "zeros, small groups, columns do not come out even": (
+    "zeros, small groups, an uneven number of tiles": (
         ("int4", 32, "integer"),
         (9, 64, 640),
         (2, 2, 1, 2),
@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_refused():
     codes, scales, _, _ = canonical(0, 64, 256, "int8", -1)
     weight = pack(codes, scales, format="int8")
     x = jnp.zeros((1, 256), jnp.bfloat16)
-    with pytest.raises(ValueError, match="warpgroups=4.* does not fit 1 rows and a weight of 2 tiles of columns"):
+    with pytest.raises(ValueError, match=r"warpgroups=4.* does not fit 1 rows and a weight of 2 tiles of columns"):
         few_rows.multiply(x, weight, out_dtype=jnp.dtype(jnp.float32), config=Config(4, 1, 1, 2), interpret=True)
 
 
