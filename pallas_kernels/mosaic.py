@@ -3,6 +3,8 @@
 Kernels take `plgpu` and `pl` from here. It knows no op.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ __all__ = [
     "pl",
     "plgpu",
     "registers_of_words",
-    "store_transposed",
+    "store_sums",
     "unsupported",
     "wait_for_copies",
 ]
@@ -99,46 +101,81 @@ def registers_of_words(words: jax.Array, ptx: str, inputs: int, columns: int, dt
     return convert(words)
 
 
-def copy_by_warps(words, rows, wanted) -> None:
-    """Begins to copy from global to shared memory, if `wanted`, a scalar. See `wait_for_copies`.
+def copy_by_warps(words, lines, part, wanted) -> None:
+    """Begins to copy tiles from global to shared memory, if `wanted`, a scalar. See `wait_for_copies`.
 
-    What a warp copies is for itself alone, so that no warp waits for another.
+    Of one tile, each of a warpgroup's four warps copies the words and rows that are its own in the layout WGMMA. Of
+    `fold` tiles, 2 or 4, these lie in four strips as well, and a warp copies a strip of one: the first 4 / fold warps
+    from the first tile, and so on, all from the `part`-th of the tiles' `fold` parts. What a warp copies is for itself
+    alone, so that no warp waits for another.
 
     Args:
-      words: (source, target), references to i32[n, 128] without transforms, n a multiple of 4. For the threads that
-        have them in the layout WG_STRIDED with vec_size 4.
-      rows: list of (source, target), references to [n, 64] without transforms, of 16 or 32 bits. A warp of a warpgroup
-        gets 16 elements of each line, which has the rows that are its own in the layout WGMMA.
+      words: (source, target), references to i32[fold, n, 128] and i32[n, 128] without transforms, n a multiple of 4; a
+        strip is every fourth line. For the threads that have the target in the layout WG_STRIDED with vec_size 4.
+      lines: list of (source, target), references to [fold, n, 64], or [1, n, 64] for all tiles, and [n, 64] without
+        transforms, of 16 or 32 bits; a strip is 16 elements of each line.
+      part: a scalar, 0 to fold - 1.
     """
-    pairs = [words, *rows]
+    pairs = [words, *lines]
+    scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 2 * len(pairs), plgpu.Layout.WG_SPLAT(())))
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 2 * len(pairs), scalar, scalar))
     def copy(_, *arguments):
-        refs, wanted = arguments[:-1], arguments[-1].registers.item()
+        *refs, part, wanted = arguments
+        part, wanted = part.registers.item(), wanted.registers.item()
         i32 = ir.IntegerType.get_signless(32)
         wanted = arith.cmpi(arith.CmpIPredicate.ne, wanted, mgpu.c(0, i32))
-        thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
-        size = 4 * refs[0].type.shape[0] * 128
-        _copy_pieces(refs[0], refs[1], arith.muli(thread, mgpu.c(16, i32)), range(0, size, 2048), wanted)
-        lane, warp = arith.remui(thread, mgpu.c(32, i32)), arith.divui(thread, mgpu.c(32, i32))
+        fold = refs[0].type.shape[0]
+        lane, warp = _lane_and_warp()
+        tile = _tile_of_warp(warp, fold)
+        each = mgpu.c(4 // fold, i32)
+        strip = arith.addi(arith.muli(part, each), arith.remui(warp, each))
+
+        def offsets(ref, strip_bytes, own):
+            """Of a thread in the source, and in the target."""
+            tile_bytes = _size(ref) * math.prod(ref.type.shape[1:]) if ref.type.shape[0] == fold else 0
+            start = arith.addi(arith.muli(tile, mgpu.c(tile_bytes, i32)), arith.muli(strip, mgpu.c(strip_bytes, i32)))
+            return arith.addi(start, own), arith.addi(arith.muli(warp, mgpu.c(strip_bytes, i32)), own)
+
+        source, target = refs[:2]
+        own = arith.muli(lane, mgpu.c(16, i32))
+        skips = range(0, 4 * math.prod(target.type.shape), 4 * 512)
+        _copy_pieces(source, target, *offsets(source, 512, own), skips, wanted)
         for source, target in zip(refs[2::2], refs[3::2], strict=True):
-            lines, elements = source.type.shape
-            line = elements * mgpu.utils.bitwidth(source.type.element_type) // 8
-            pieces = mgpu.c(line // 64, i32)  # of 16 bytes, in a warp's quarter
-            own, piece = arith.divui(lane, pieces), arith.remui(lane, pieces)
-            there = arith.andi(wanted, arith.cmpi(arith.CmpIPredicate.ult, own, mgpu.c(lines, i32)))
-            offset = arith.addi(arith.muli(own, mgpu.c(line, i32)), arith.muli(warp, mgpu.c(line // 4, i32)))
-            _copy_pieces(source, target, arith.addi(offset, arith.muli(piece, mgpu.c(16, i32))), [0], there)
+            count, elements = target.type.shape
+            line = elements * _size(source)
+            pieces = mgpu.c(line // 64, i32)  # of 16 bytes, in a strip of a line
+            number = arith.divui(lane, pieces)
+            own = arith.muli(number, mgpu.c(line, i32))
+            own = arith.addi(own, arith.muli(arith.remui(lane, pieces), mgpu.c(16, i32)))
+            there = arith.andi(wanted, arith.cmpi(arith.CmpIPredicate.ult, number, mgpu.c(count, i32)))
+            _copy_pieces(source, target, *offsets(source, line // 4, own), [0], there)
         _act("cp.async.commit_group;", [], "")
 
-    copy(*[ref for pair in pairs for ref in pair], wanted.astype(jnp.int32))
+    copy(*[ref for pair in pairs for ref in pair], part, wanted.astype(jnp.int32))
 
 
-def _copy_pieces(source, target, offset, skips, wanted):
-    """16 bytes of each thread, at an offset of its own and then as far on as `skips` says."""
+def _lane_and_warp():
+    """Of a thread in its warp, and of that in its warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
+    return arith.remui(thread, mgpu.c(32, i32)), arith.divui(thread, mgpu.c(32, i32))
+
+
+def _tile_of_warp(warp, fold):
+    return arith.divui(warp, mgpu.c(4 // fold, ir.IntegerType.get_signless(32)))
+
+
+def _size(ref):
+    """Bytes of an element."""
+    return mgpu.utils.bitwidth(ref.type.element_type) // 8
+
+
+def _copy_pieces(source, target, start, end, skips, wanted):
+    """16 bytes of each thread, between offsets of its own and then as far on as `skips` says."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    start = arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(source)), arith.extui(i64, offset))
-    end = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(target)), offset)
+    start = arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(source)), arith.extui(i64, start))
+    end = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(target)), end)
     for skip in skips:
         _act(f"@$0 cp.async.cg.shared.global.L2::128B [$1 + {skip}], [$2 + {skip}], 16;", [wanted, end, start], "b,r,l")
 
@@ -159,7 +196,7 @@ def _act(ptx, operands, constraints):
     llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ptx, constraints, has_side_effects=True)
 
 
-def add_product(acc: jax.Array, values: jax.Array, x) -> jax.Array:
+def add_product(acc: jax.Array, values: jax.Array, x, column: int, fold: int) -> jax.Array:
     """acc + values x transposed activations, by the tensor cores' instructions for a single warp.
 
     Unlike wgmma these wait for nothing but their operands.
@@ -167,8 +204,10 @@ def add_product(acc: jax.Array, values: jax.Array, x) -> jax.Array:
     Args:
       acc: float32 [64, n] in the layout WGMMA, n a multiple of 8.
       values: bfloat16 or float16 [64, columns] in the layout WGMMA, columns a multiple of 16.
-      x: of the same dtype, [up to n, columns] in shared memory without transforms; its last row stands for those that
-        it lacks. A row and the next should be an odd multiple of 16 bytes apart, so that all banks are busy.
+      x: of the same dtype, [up to n, fold * 128] in shared memory without transforms; its last row stands for those
+        that it lacks. A row and the next should be an odd multiple of 16 bytes apart, so that all banks are busy.
+      column, fold: where in x the values' columns begin, and, for the tiles of `copy_by_warps`, into how many parts the
+        values' rows fall: those of the second begin 128 columns on, and so forth.
 
     Returns: float32 [64, n] in the layout WGMMA.
     """
@@ -189,7 +228,7 @@ def add_product(acc: jax.Array, values: jax.Array, x) -> jax.Array:
             many = left[k : k + 4]
             registers = [mgpu.utils.bitcast(register, i32) for register in many.flat]
             for n in range(len(sums)):
-                right = _load_matrices(x, 8 * n, 8 * k, len(many))
+                right = _load_matrices(x, 8 * n, column + 8 * k, len(many), fold)
                 for i in range(0, len(many), 2):
                     one = (k + i) // 2 % 2
                     sums[n][one] = _mma(dtype, sums[n][one], registers[2 * i : 2 * i + 4], right[i : i + 2])
@@ -202,33 +241,40 @@ def add_product(acc: jax.Array, values: jax.Array, x) -> jax.Array:
     return multiply(acc, values, x)
 
 
-def store_transposed(values: jax.Array, ref) -> None:
-    """ref[...] = values.T[: rows of ref], in global memory; values are float32 [64, n] in the layout WGMMA."""
+def store_sums(parts, ref) -> None:
+    """ref[...] = parts.sum(axis=0).T[: rows of ref], by one warpgroup.
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-    def store(_, values, ref):
+    Args:
+      parts: float32 [m, 64, n] in shared memory, without transforms; taken as [parts, rows, n].
+      ref: [up to n, rows] in global memory, of 16 or 32 bits, a row's elements side by side; rows is 16, 32 or 64.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def store(_, parts, ref):
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        f32, dtype, size = ir.F32Type.get(), ref.type.element_type, _size(ref)
         (stride, _), _ = ref.type.get_strides_and_offset()
+        rows, n = ref.type.shape[1], parts.type.shape[2]
+        start, target = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(parts)), mgpu.utils.memref_ptr(ref)
         thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
-        lane, warp = arith.remui(thread, mgpu.c(32, i32)), arith.divui(thread, mgpu.c(32, i32))
-        row = arith.addi(arith.muli(warp, mgpu.c(16, i32)), arith.divui(lane, mgpu.c(4, i32)))
-        column = arith.muli(arith.remui(lane, mgpu.c(4, i32)), mgpu.c(2, i32))
-        size = mgpu.utils.bitwidth(ref.type.element_type) // 8
-        offset = arith.addi(arith.muli(column, mgpu.c(stride, i32)), row)
-        start = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
-        start = arith.addi(start, arith.muli(arith.extsi(i64, offset), mgpu.c(size, i64)))
-        values = values.astype(ref.type.element_type)
-        for n, pairs in enumerate(values.registers.reshape(-1, 2)):
-            for i, value in enumerate(_elements(pairs)):
-                within = 8 * n + i % 2  # what of the column is the same for all threads
-                address = arith.addi(start, mgpu.c(size * (within * stride + i // 2 * 8), i64))
-                there = arith.cmpi(
-                    arith.CmpIPredicate.slt, arith.addi(column, mgpu.c(within, i32)), mgpu.c(ref.type.shape[0], i32)
-                )
-                value = mgpu.utils.bitcast(value, ir.IntegerType.get_signless(8 * size))
-                _act(f"@$0 st.global.b{8 * size} [$1], $2;", [there, address, value], "b,l," + {2: "h", 4: "r"}[size])
+        row, first = arith.remui(thread, mgpu.c(rows, i32)), arith.divui(thread, mgpu.c(rows, i32))
+        for column in range(0, ref.type.shape[0], 128 // rows):
+            column = arith.addi(first, mgpu.c(column, i32))
+            there = arith.cmpi(arith.CmpIPredicate.ult, column, mgpu.c(ref.type.shape[0], i32))
+            # What is not there is read as well: the sums have more columns.
+            own = arith.addi(arith.muli(row, mgpu.c(4 * n, i32)), arith.muli(column, mgpu.c(4, i32)))
+            address, total = arith.addi(start, own), mgpu.c(0.0, f32)
+            for skip in range(0, 4 * math.prod(parts.type.shape), 4 * rows * n):
+                ptx = f"ld.shared.f32 $0, [$1 + {skip}];"
+                total = arith.addf(total, _inline(ptx, [f32], [address], "=f,r,~{memory}", has_side_effects=True)[0])
+            value = total if size == 4 else arith.truncf(dtype, total)
+            value = mgpu.utils.bitcast(value, ir.IntegerType.get_signless(8 * size))
+            offset = arith.addi(arith.muli(column, mgpu.c(stride, i32)), row)
+            offset = arith.muli(arith.extui(i64, offset), mgpu.c(size, i64))
+            address = arith.addi(llvm.ptrtoint(i64, target), offset)
+            _act(f"@$0 st.global.b{8 * size} [$1], $2;", [there, address, value], "b,l," + {2: "h", 4: "r"}[size])
 
-    store(values, ref)
+    store(parts, ref)
 
 
 def _elements(vectors):
@@ -239,16 +285,17 @@ def _pair(elements):
     return vector.from_elements(ir.VectorType.get((2,), elements[0].type), elements)
 
 
-def _load_matrices(x, row, column, count):
-    """Registers of 8 rows and 8 columns each, next to each other; x is [rows, columns] in shared memory."""
+def _load_matrices(x, row, column, count, fold):
+    """Registers of 8 rows and 8 columns each, next to each other. See `add_product`."""
     i32 = ir.IntegerType.get_signless(32)
     (stride, _), _ = x.type.get_strides_and_offset()
-    lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, i32))
+    lane, warp = _lane_and_warp()
     # Every 8 threads say where a matrix has its rows.
     row = arith.addi(arith.remui(lane, mgpu.c(8, i32)), mgpu.c(row, i32))
     row = arith.minui(row, mgpu.c(x.type.shape[0] - 1, i32))
     matrix = arith.divui(lane, mgpu.c(8, i32))
     offset = arith.addi(arith.muli(row, mgpu.c(2 * stride, i32)), arith.muli(matrix, mgpu.c(16, i32)))
+    offset = arith.addi(offset, arith.muli(_tile_of_warp(warp, fold), mgpu.c(256, i32)))
     address = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(x)), offset)
     outputs = ", ".join(f"${i}" for i in range(count))
     ptx = f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{outputs}}}, [${count} + {2 * column}];"
@@ -265,10 +312,9 @@ def _mma(dtype, sums, left, right):
 
 def _inline(ptx, types, operands, constraints, has_side_effects=False):
     """The results of PTX instructions, of one type."""
-    struct = llvm.inline_asm(
-        llvm.StructType.get_literal(types), operands, ptx, constraints, has_side_effects=has_side_effects
-    )
-    return [llvm.extractvalue(type, struct, [i]) for i, type in enumerate(types)]
+    type = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    result = llvm.inline_asm(type, operands, ptx, constraints, has_side_effects=has_side_effects)
+    return [result] if len(types) == 1 else [llvm.extractvalue(type, result, [i]) for i, type in enumerate(types)]
 
 
 def _four_registers(ptx, words):

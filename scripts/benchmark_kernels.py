@@ -405,11 +405,19 @@ def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[Any]:
     if few is None or spec.activation is not None:
         return configs
     R, sms = weight.codes.shape[0], quant_kernel.mosaic.num_multiprocessors()
+    most = few.stages
     others = [
-        few_rows.Config(warpgroups, split, min(R, ctas * sms // split), stages)
-        for warpgroups, ctas in ((4, 1), (8, 1), (6, 1), (2, 2), (4, 2), (2, 3), (2, 4), (1, 4))
-        for split in (1, 2, 4)
-        for stages in (2, 3, 4, 6, 8, 12)
+        few_rows.Config(rows, warpgroups, split, min(R * 64 // rows, ctas * sms // split), stages)
+        for rows in (64, 32, 16)
+        for warpgroups, ctas, all_stages in (
+            (4, 1, (most // 3, most // 2, most, 3 * most // 2)),
+            (6, 1, (most // 2, most)),
+            (8, 1, (most // 2, most)),
+            (2, 2, (most // 2, most)),
+            (4, 2, (most // 2,)),
+        )
+        for stages in all_stages
+        for split in (1, 2)
     ]
     return [one for one in dict.fromkeys(others) if one != few and few_rows.fits(weight, spec.batch, one)] + [default]
 

@@ -44,12 +44,15 @@ class Config:
     """How the work is cut.
 
     Attributes:
+      rows: of the weight, that a CTA takes at a time: 64, 32 or 16.
       warpgroups: of a CTA, which share its columns.
-      split: CTAs that share a tile of 64 rows. Beyond one their sums are added by XLA.
-      num_ctas: for each part of the columns; each has every so manyth tile of rows.
-      stages: tiles of 128 columns that a warpgroup has asked for and not yet used.
+      split: CTAs that share the columns. Beyond one their sums are added by XLA.
+      num_ctas: for each part of the columns; each takes every so manyth `rows`.
+      stages: steps that a warpgroup has asked for and not yet done. A step is 64 x 128 weights: with 32 or 16 rows
+        these are of 2 or 4 tiles.
     """
 
+    rows: int
     warpgroups: int
     split: int
     num_ctas: int
@@ -63,39 +66,44 @@ def default_config(weight: QuantizedWeight, batch: int) -> Config | None:
     """
     R, C = weight.codes.shape[:2]
     sms = mosaic.num_multiprocessors()
-    warpgroups = min(4, C)
-    split = max(1, min(sms // R, C // warpgroups))
+    rows = 64
+    while rows > 16 and R * 64 // rows <= sms // 2 and C % (128 // rows) == 0:
+        rows //= 2
     most = 48 // KINDS[weight.format].words
-    while batch <= MAX_ROWS and split <= C // warpgroups:
+    for split in (1, 2, 4, 8):
         for stages in range(most, most // 2, -1):
-            config = Config(warpgroups, split, min(R, sms // split), stages)
+            num_ctas = min(R * 64 // rows, sms // split)
+            config = Config(rows, min(4, C * rows // 64 // split), split, num_ctas, stages)
             if fits(weight, batch, config):
                 return config
-        split *= 2
     return None
 
 
 def fits(weight: QuantizedWeight, batch: int, config: Config) -> bool:
-    """Whether every warpgroup has a tile, and shared memory has room."""
-    C = weight.codes.shape[1]
-    if batch > MAX_ROWS or config.warpgroups * config.split > C:
+    """Whether every warpgroup has a step, and shared memory has room."""
+    steps, rest = divmod(weight.codes.shape[1], 64 // config.rows)
+    if batch > MAX_ROWS or rest or not 1 <= config.warpgroups * config.split <= steps:
         return False
-    groups = 0 if weight.group_size == -1 else max(1, TILE_COLUMNS // weight.group_size)
-    stage = KINDS[weight.format].words * 512 + groups * TILE_ROWS * (weight.scales.dtype.itemsize + 2)
+    stage = KINDS[weight.format].words * 512 + _groups_in_tile(weight) * TILE_ROWS * (weight.scales.dtype.itemsize + 2)
     sums = 4 * (batch + -batch % 8) * TILE_ROWS
-    x = 2 * batch * (-(-C // config.split) * TILE_COLUMNS + _PAD)
+    x = 2 * batch * (-(-steps // config.split) * (64 // config.rows) * TILE_COLUMNS + _PAD)
     return config.warpgroups * (config.stages * stage + sums) + x + _COMPILERS <= SHARED_MEMORY
 
 
+def _groups_in_tile(weight):
+    return max(1, TILE_COLUMNS // weight.group_size) if weight.group_size > 0 else 1
+
+
 class _Sizes(NamedTuple):
-    """Static sizes of a call. `tiles` and `column_tiles` are the weight's, `groups` a tile's: 0 if a row has one scale."""
+    """Static sizes of a call. `units`: of config.rows rows in the weight; `steps` of each; `groups`: of a tile."""
 
     config: Config
     format: str
     dtype: jnp.dtype
-    tiles: int
-    column_tiles: int
+    units: int
+    steps: int
     groups: int
+    has_row_scales: bool
     has_zeros: bool
     batch: int
     interpret: bool
@@ -106,42 +114,53 @@ class _Sizes(NamedTuple):
         return self.batch + -self.batch % 8
 
     @property
-    def window(self):
-        """Tiles of columns whose activations a CTA has."""
-        return -(-self.column_tiles // self.config.split)
+    def fold(self):
+        """Tiles of a step, of each of which a warpgroup has so manyth part of the rows."""
+        return TILE_ROWS // self.config.rows
 
     @property
-    def shares(self):
-        return self.config.split * self.config.warpgroups
+    def window(self):
+        """Steps whose activations a CTA has."""
+        return -(-self.steps // self.config.split)
+
+    @property
+    def columns(self):
+        """Of a step."""
+        return self.fold * TILE_COLUMNS
 
     @property
     def span(self):
         """Columns that have a scale in common."""
-        return TILE_COLUMNS // max(1, self.groups)
+        return TILE_COLUMNS // self.groups
 
 
 def multiply(x, weight: QuantizedWeight, *, out_dtype, config: Config, interpret: bool = False):
     """[batch, in] x [out, in] -> [batch, out]; columns of x in the order of the weight's codes."""
     batch = x.shape[0]
-    tiles, column_tiles = weight.codes.shape[:2]
+    R, C = weight.codes.shape[:2]
     if not fits(weight, batch, config):
-        raise ValueError(f"{config} does not fit {batch} rows and a weight of {column_tiles} tiles of columns")
-    x = jnp.pad(x, ((0, 0), (0, column_tiles * TILE_COLUMNS - x.shape[1])))
-    groups = 0 if weight.group_size == -1 else max(1, TILE_COLUMNS // weight.group_size)
+        raise ValueError(f"{config} does not fit {batch} rows and a weight of {C} tiles of columns")
+    x = jnp.pad(x, ((0, 0), (0, C * TILE_COLUMNS - x.shape[1])))
+    groups, fold, has_row_scales = _groups_in_tile(weight), TILE_ROWS // config.rows, weight.group_size == -1
+    by_tile = (R, 1 if has_row_scales else C, groups, TILE_ROWS)
+    scales = weight.scales.reshape(by_tile)
+    zeros = scales if weight.zeros is None else weight.zeros.reshape(by_tile)
     sizes = _Sizes(
-        config, weight.format, x.dtype, tiles, column_tiles, groups, weight.zeros is not None, batch, interpret
-    )
-    sums_dtype = out_dtype if config.split == 1 else jnp.float32
+        config=config, format=weight.format, dtype=x.dtype, units=R * fold, steps=C // fold, groups=groups,
+        has_row_scales=has_row_scales, has_zeros=weight.zeros is not None, batch=batch, interpret=interpret,
+    )  # fmt: skip
     out = mosaic.kernel(
         functools.partial(_kernel, sizes),
         interpret=interpret,
-        out_type=jax.ShapeDtypeStruct((config.split, batch, tiles * TILE_ROWS), sums_dtype),
+        out_type=jax.ShapeDtypeStruct(
+            (config.split, batch, R * TILE_ROWS), out_dtype if config.split == 1 else jnp.float32
+        ),
         scratch_types=_scratch(sizes, weight),
         grid=(config.num_ctas, config.split),
         grid_names=("cta", "part"),
         num_threads=config.warpgroups,
         thread_name="warpgroup",
-    )(x, weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros)
+    )(x, weight.codes, scales, zeros)
     return out.sum(axis=0).astype(out_dtype)[:, : weight.out_features]
 
 
@@ -149,75 +168,73 @@ class _Shared(NamedTuple):
     """Shared memory of a CTA.
 
     x       activations of its columns
-    codes, scales, zeros    by stage and warpgroup, a tile's
-    sums    of all warpgroups but the last; `full` says that they are there, `empty` that they have been taken
+    codes, scales, zeros    by stage and warpgroup, a step's
+    sums    of the warpgroups; `full` says that they are there, `empty` that they have been taken
     """
 
     x: object
     codes: object
-    scales: object | None
+    scales: object
     zeros: object | None
-    sums: object | None
+    sums: object
     x_full: object
-    full: object | None
-    empty: object | None
+    full: object
+    empty: object
 
 
 def _scratch(sizes, weight):
-    config, others = sizes.config, sizes.config.warpgroups - 1
+    config = sizes.config
     stages = config.stages, config.warpgroups
     groups = (*stages, sizes.groups, TILE_ROWS)
     return _Shared(
-        x=plgpu.SMEM((sizes.batch, sizes.window * TILE_COLUMNS + _PAD), sizes.dtype),
+        x=plgpu.SMEM((sizes.batch, sizes.window * sizes.columns + _PAD), sizes.dtype),
         codes=plgpu.SMEM((*stages, *weight.codes.shape[2:]), jnp.int32),
-        scales=plgpu.SMEM(groups, weight.scales.dtype) if sizes.groups else None,
+        scales=plgpu.SMEM(groups, weight.scales.dtype),
         zeros=plgpu.SMEM(groups, weight.zeros.dtype) if sizes.has_zeros else None,
-        sums=plgpu.SMEM((others, TILE_ROWS, sizes.rows), jnp.float32) if others else None,
+        sums=plgpu.SMEM((config.warpgroups, TILE_ROWS, sizes.rows), jnp.float32),
         x_full=plgpu.Barrier(num_arrivals=sizes.batch),
-        full=plgpu.Barrier(num_arrivals=others) if others else None,
-        empty=plgpu.Barrier() if others else None,
+        full=plgpu.Barrier(num_arrivals=config.warpgroups),
+        empty=plgpu.Barrier(),
     )
 
 
 def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
     config, shared = sizes.config, _Shared(*scratch)
     cta, part, warpgroup = lax.axis_index("cta"), lax.axis_index("part"), lax.axis_index("warpgroup")
-    share = part * config.warpgroups + warpgroup
-    first, stop = (lax.div(at * sizes.column_tiles, jnp.int32(sizes.shares)) for at in (share, share + 1))
-    # The last CTA's window of the activations may begin before its first tile.
-    window = jnp.minimum(lax.div(part * sizes.column_tiles, jnp.int32(config.split)), sizes.column_tiles - sizes.window)
-    count = lax.div(sizes.tiles - 1 - cta, jnp.int32(config.num_ctas)) + 1
+    share, shares = part * config.warpgroups + warpgroup, jnp.int32(config.split * config.warpgroups)
+    first, stop = (lax.div(at * sizes.steps, shares) for at in (share, share + 1))
+    # The last CTA's window of the activations may begin before its first step.
+    window = jnp.minimum(lax.div(part * sizes.steps, jnp.int32(config.split)), sizes.steps - sizes.window)
+    count = lax.div(sizes.units - 1 - cta, jnp.int32(config.num_ctas)) + 1
 
-    def ask(slot, number, at):
-        """Has the tile of columns `at` of the CTA's `number`-th tile of rows copied, and says which one comes next."""
+    def ask(slot, number, step):
+        """Has a step of the CTA's `number`-th unit copied, and says which one comes next."""
         wanted = number < count
-        tile = jnp.where(wanted, cta + number * config.num_ctas, 0)
-        _copy(sizes, slot, warpgroup, wanted, at, codes_ref.at[tile], scales_ref.at[tile], zeros_ref.at[tile], shared)
-        last = at + 1 == stop
-        return jnp.where(last, number + 1, number), jnp.where(last, first, at + 1)
+        unit = jnp.where(wanted, cta + number * config.num_ctas, 0)
+        _copy(sizes, slot, warpgroup, wanted, unit, step, codes_ref, scales_ref, zeros_ref, shared)
+        last = step + 1 == stop
+        return jnp.where(last, number + 1, number), jnp.where(last, first, step + 1)
 
-    def add_tile(at, state):
+    def add_step(step, state):
         acc, slot, ahead = state
         if not sizes.interpret:
             mosaic.wait_for_copies(but=config.stages - 1)
         loaded = _load(sizes, slot, warpgroup, shared)
         ahead = ask(slot, *ahead)
-        columns = pl.ds((at - window) * TILE_COLUMNS, TILE_COLUMNS)
-        acc = _add_tile(sizes, shared.x.at[:, columns], loaded, acc)
-        return acc, jnp.where(slot + 1 == config.stages, 0, slot + 1), ahead
+        x = shared.x.at[:, pl.ds((step - window) * sizes.columns, sizes.columns)]
+        return _add_step(sizes, x, loaded, acc), jnp.where(slot + 1 == config.stages, 0, slot + 1), ahead
 
-    def multiply_rows(number, state):
-        acc, *state = lax.fori_loop(first, stop, add_tile, (_no_sums(sizes), *state))
-        tile = cta + number * config.num_ctas
-        out = out_ref.at[part, :, pl.ds(tile * TILE_ROWS, TILE_ROWS)]
-        _finish(sizes, warpgroup, number, count, acc, scales_ref.at[tile], shared, out)
+    def multiply_unit(number, state):
+        acc, *state = lax.fori_loop(first, stop, add_step, (_no_sums(sizes), *state))
+        rows = pl.ds((cta + number * config.num_ctas) * config.rows, config.rows)
+        _store(sizes, warpgroup, number, count, acc, shared, out_ref.at[part, :, rows])
         return tuple(state)
 
     ahead = jnp.int32(0), first
     for slot in range(config.stages):
         ahead = ask(slot, *ahead)
     _copy_activations(sizes, warpgroup, window, x_ref, shared)
-    lax.fori_loop(0, count, multiply_rows, (jnp.int32(0), ahead))
+    lax.fori_loop(0, count, multiply_unit, (jnp.int32(0), ahead))
 
 
 def _copy_activations(sizes, warpgroup, window, x_ref, shared):
@@ -225,73 +242,41 @@ def _copy_activations(sizes, warpgroup, window, x_ref, shared):
 
     @pl.when(warpgroup == 0)
     def _():
-        columns = pl.ds(window * TILE_COLUMNS, sizes.window * TILE_COLUMNS)
+        columns = pl.ds(window * sizes.columns, sizes.window * sizes.columns)
         for row in range(sizes.batch):
-            target = shared.x.at[row, pl.ds(0, sizes.window * TILE_COLUMNS)]
+            target = shared.x.at[row, pl.ds(0, sizes.window * sizes.columns)]
             plgpu.copy_gmem_to_smem(x_ref.at[row, columns], target, shared.x_full, oob_mode=_IN_BOUNDS)
 
     plgpu.barrier_wait(shared.x_full)
 
 
-def _finish(sizes, warpgroup, number, count, acc, scales_ref, shared, out_ref):
-    """Adds what the warpgroups have of a tile of rows, and writes it."""
-    others = sizes.config.warpgroups - 1
-    if others:
-
-        @pl.when(warpgroup < others)
-        def _():
-            @pl.when(number > 0)
-            def _():
-                plgpu.barrier_wait(shared.empty)
-
-            shared.sums[warpgroup] = acc
-            plgpu.barrier_arrive(shared.full)
-
-    @pl.when(warpgroup == others)
-    def _():
-        total = acc
-        if others:
-            plgpu.barrier_wait(shared.full)
-            for other in range(others):
-                total += plgpu.load(shared.sums.at[other], layout=plgpu.Layout.WGMMA, optimized=False)
-
-            @pl.when(number + 1 < count)
-            def _():
-                plgpu.barrier_arrive(shared.empty)
-
-        if not sizes.groups:
-            total *= along_columns(_by_row(scales_ref.at[0]).astype(jnp.float32), total.shape)
-        _store(sizes, total, out_ref)
-
-
-def _by_row(ref):
-    return plgpu.load(ref, layout=BY_ROW, optimized=False)
-
-
-def _copy(sizes, slot, warpgroup, wanted, at, codes_ref, scales_ref, zeros_ref, shared):
-    """Begins to copy a tile."""
-    groups = pl.ds(at * sizes.groups, sizes.groups)
-    own = [shared.codes.at[slot, warpgroup]]
-    sources = [codes_ref.at[at]]
-    if sizes.groups:
-        own += [shared.scales.at[slot, warpgroup]]
-        sources += [scales_ref.at[groups]]
+def _copy(sizes, slot, warpgroup, wanted, unit, step, codes_ref, scales_ref, zeros_ref, shared):
+    """Begins to copy what a step needs."""
+    tile, part = lax.div(unit, jnp.int32(sizes.fold)), lax.rem(unit, jnp.int32(sizes.fold))
+    tiles = pl.ds(step * sizes.fold, sizes.fold)
+    words = codes_ref.at[tile, tiles], shared.codes.at[slot, warpgroup]
+    lines = [(scales_ref.at[tile, pl.ds(0, 1) if sizes.has_row_scales else tiles], shared.scales.at[slot, warpgroup])]
     if sizes.has_zeros:
-        own += [shared.zeros.at[slot, warpgroup]]
-        sources += [zeros_ref.at[groups]]
+        lines.append((zeros_ref.at[tile, tiles], shared.zeros.at[slot, warpgroup]))
     if not sizes.interpret:
-        words, *rows = zip(sources, own, strict=True)
-        mosaic.copy_by_warps(words, rows, wanted)
+        mosaic.copy_by_warps(words, lines, part, wanted)
         return
 
     @pl.when(wanted)
     def _():
-        for source, target in zip(sources, own, strict=True):
-            target[...] = source[...]
+        for warp in range(4):
+            tile, strip = divmod(warp, 4 // sizes.fold)
+            strip += part * (4 // sizes.fold)
+            source, target = words
+            for line in range(0, target.shape[0], 4):
+                target[line + warp] = source[tile, line + strip]
+            for source, target in lines:
+                of_strip = pl.ds(strip * 16, 16)
+                target[:, pl.ds(warp * 16, 16)] = source[0 if sizes.has_row_scales else tile, :, of_strip]
 
 
 def _load(sizes, slot, warpgroup, shared):
-    """A tile's words, and a list of scales and of zeros of its groups, from shared memory."""
+    """A step's words, and a list of scales and of zeros of its groups, from shared memory."""
     words = unpack.load_words(shared.codes.at[slot, warpgroup])
     groups = range(sizes.groups)
     scales = [_by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) for group in groups]
@@ -300,34 +285,54 @@ def _load(sizes, slot, warpgroup, shared):
     return words, scales, [_by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype) for group in groups]
 
 
-def _add_tile(sizes, x, loaded, acc):
-    """Adds the products of a tile to acc, float32 [64, rows]. `x`: [batch, 128] in shared memory."""
+def _by_row(ref):
+    return plgpu.load(ref, layout=BY_ROW, optimized=False)
+
+
+def _add_step(sizes, x, loaded, acc):
+    """Adds the products of a step to acc, float32 [64, rows]. `x`: its activations in shared memory."""
     words, scales, zeros = loaded
     arrays = unpack.values_of(words, sizes.format, sizes.dtype, sizes.span, zeros, sizes.interpret)
     for group, values in enumerate(arrays):
-        columns = x.at[:, pl.ds(group * sizes.span, sizes.span)]
-        if not scales:
-            acc = _product(sizes, values, columns, acc)
-            continue
-        product = _product(sizes, values, columns, _no_sums(sizes))
+        product = _product(sizes, values, x, group * sizes.span)
         acc += product * along_columns(scales[group], acc.shape)
     return acc
 
 
-def _product(sizes, values, x, acc):
-    """acc + values x activations, which lie in shared memory."""
-    if sizes.interpret:
-        x = jnp.pad(x[...], ((0, sizes.rows - sizes.batch), (0, 0)))
-        return acc + jnp.dot(values.astype(jnp.float32), x.astype(jnp.float32).T, precision="highest")
-    return mosaic.add_product(acc, values, x)
-
-
-def _store(sizes, sums, out_ref):
-    if sizes.interpret:
-        out_ref[...] = sums.T[: sizes.batch].astype(out_ref.dtype)
-    else:
-        mosaic.store_transposed(sums, out_ref)
+def _product(sizes, values, x, column):
+    """values x activations. Parts of the rows are of different tiles, and so have other columns of activations."""
+    if not sizes.interpret:
+        return mosaic.add_product(_no_sums(sizes), values, x, column, sizes.fold)
+    parts = []
+    for part, values_of_part in enumerate(jnp.split(values.astype(jnp.float32), sizes.fold)):
+        columns = x[:, pl.ds(part * TILE_COLUMNS + column, sizes.span)].astype(jnp.float32)
+        parts.append(jnp.dot(values_of_part, columns.T, precision="highest"))
+    return jnp.pad(jnp.concatenate(parts), ((0, 0), (0, sizes.rows - sizes.batch)))
 
 
 def _no_sums(sizes):
     return plgpu.layout_cast(jnp.zeros((TILE_ROWS, sizes.rows), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _store(sizes, warpgroup, number, count, acc, shared, out_ref):
+    """Adds what the warpgroups have of a unit, and writes it."""
+
+    @pl.when(number > 0)
+    def _():
+        plgpu.barrier_wait(shared.empty)
+
+    shared.sums[warpgroup] = acc
+    plgpu.barrier_arrive(shared.full)
+
+    @pl.when(warpgroup == sizes.config.warpgroups - 1)
+    def _():
+        plgpu.barrier_wait(shared.full)
+        if sizes.interpret:
+            sums = shared.sums[...].reshape(-1, sizes.config.rows, sizes.rows).sum(axis=0)
+            out_ref[...] = sums.T[: sizes.batch].astype(out_ref.dtype)
+        else:
+            mosaic.store_sums(shared.sums, out_ref)
+
+        @pl.when(number + 1 < count)
+        def _():
+            plgpu.barrier_arrive(shared.empty)

@@ -13,21 +13,17 @@ from tests.pallas_kernels.test_quant_matmul import canonical
 
 interpreted = pytest.mark.skipif(mosaic.unsupported(interpret=True) is not None, reason="interpret mode needs jax 0.11")
 
-# Format, group size, zeros; batch, out, in; (warpgroups, split, CTAs, stages); dtype.
+# Format, group size, zeros; batch, out, in; (rows, warpgroups, split, CTAs, stages); dtype.
 CASES = {
-    "int4": (("int4", 128, None), (3, 192, 512), (2, 1, 2, 3), "bfloat16"),
-    "zeros, small groups, an uneven number of tiles": (
-        ("int4", 32, "integer"),
-        (9, 64, 640),
-        (2, 2, 1, 2),
-        "float16",
-    ),
-    "groups of 16": (("int4", 16, None), (1, 64, 128), (1, 1, 1, 2), "bfloat16"),
-    "large groups, sums of three warpgroups": (("int4", 256, "integer"), (16, 128, 512), (3, 1, 1, 2), "bfloat16"),
-    "a scale for each row": (("int4", -1, None), (2, 128, 256), (2, 1, 1, 4), "bfloat16"),
-    "more stages than tiles": (("int8", -1, None), (8, 64, 384), (1, 3, 1, 5), "bfloat16"),
-    "rows and columns are padded": (("int8", 64, None), (4, 200, 300), (3, 1, 3, 2), "float16"),
-    "fp8": (("fp8", -1, None), (1, 192, 512), (4, 1, 2, 2), "bfloat16"),
+    "int4": (("int4", 128, None), (3, 192, 512), (64, 2, 1, 2, 3), "bfloat16"),
+    "zeros, small groups, uneven shares": (("int4", 32, "integer"), (9, 64, 640), (64, 2, 2, 1, 2), "float16"),
+    "groups of 16": (("int4", 16, None), (1, 64, 128), (64, 1, 1, 1, 2), "bfloat16"),
+    "large groups, sums of three warpgroups": (("int4", 256, "integer"), (16, 128, 512), (64, 3, 1, 1, 2), "bfloat16"),
+    "a scale for each row": (("int4", -1, None), (2, 128, 256), (32, 1, 1, 3, 4), "bfloat16"),
+    "more stages than tiles": (("int8", -1, None), (8, 64, 384), (64, 1, 3, 1, 5), "bfloat16"),
+    "rows and columns are padded": (("int8", 64, None), (4, 200, 300), (64, 3, 1, 3, 2), "float16"),
+    "fp8, a fourth of four tiles": (("fp8", 128, None), (1, 128, 1024), (16, 2, 1, 3, 2), "bfloat16"),
+    "half of two tiles, zeros, small groups": (("int4", 32, "integer"), (3, 192, 768), (32, 2, 1, 4, 2), "float16"),
 }
 
 
@@ -62,15 +58,15 @@ def test_what_does_not_fit_is_refused():
     weight = pack(codes, scales, format="int8")
     x = jnp.zeros((1, 256), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"warpgroups=4.* does not fit 1 rows and a weight of 2 tiles of columns"):
-        few_rows.multiply(x, weight, out_dtype=jnp.dtype(jnp.float32), config=Config(4, 1, 1, 2), interpret=True)
+        few_rows.multiply(x, weight, out_dtype=jnp.dtype(jnp.float32), config=Config(64, 4, 1, 1, 2), interpret=True)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [(1, 1, 10, 2), (2, 3, 4, 5), (4, 2, 7, 6)], ids=str)
+@pytest.mark.parametrize("config", [(64, 1, 1, 10, 2), (64, 2, 3, 4, 5), (32, 2, 1, 7, 3), (16, 2, 2, 7, 2)], ids=str)
 def test_every_configuration_gives_the_same(config):
-    codes, scales, zeros, values = canonical(0, 640, 1024 + 64, "int4", 64, "integer")
+    codes, scales, zeros, values = canonical(0, 640, 1536 - 64, "int4", 64, "integer")
     weight = jax.device_put(pack(codes, scales, zeros, format="int4", group_size=64))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 1024 + 64)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 1536 - 64)), jnp.bfloat16)
     y = mosaic_gpu.quant_matmul(x, weight, activation=None, out_dtype=jnp.dtype(jnp.float32), config=Config(*config))
     expected = np.asarray(x, np.float64) @ values.T
     np.testing.assert_allclose(y, expected, atol=1e-3 * expected.std(), rtol=1e-3)
