@@ -238,12 +238,12 @@ def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
 
 
 def _copy_activations(sizes, warpgroup, window, x_ref, shared):
-    """Those of the CTA's columns."""
+    """Those of the CTA's columns. Warpgroups take turns at the rows, for to begin a copy takes some time."""
+    columns = pl.ds(window * sizes.columns, sizes.window * sizes.columns)
+    for row in range(sizes.batch):
 
-    @pl.when(warpgroup == 0)
-    def _():
-        columns = pl.ds(window * sizes.columns, sizes.window * sizes.columns)
-        for row in range(sizes.batch):
+        @pl.when(warpgroup == row % sizes.config.warpgroups)
+        def _(row=row):
             target = shared.x.at[row, pl.ds(0, sizes.window * sizes.columns)]
             plgpu.copy_gmem_to_smem(x_ref.at[row, columns], target, shared.x_full, oob_mode=_IN_BOUNDS)
 
@@ -279,7 +279,8 @@ def _load(sizes, slot, warpgroup, shared):
     """A step's words, and a list of scales and of zeros of its groups, from shared memory."""
     words = unpack.load_words(shared.codes.at[slot, warpgroup])
     groups = range(sizes.groups)
-    scales = [_by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) for group in groups]
+    unit = unpack.unit(sizes.format, sizes.interpret)
+    scales = [_by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) * (1 / unit) for group in groups]
     if not sizes.has_zeros:
         return words, scales, None
     return words, scales, [_by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype) for group in groups]

@@ -401,7 +401,7 @@ def _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_
         def _():
             products = acc
             if not sizes.groups:
-                scales = _by_row(scales_ref.at[tile, 0]).astype(jnp.float32)
+                scales = _scales(sizes, scales_ref.at[tile, 0])
                 products *= along_columns(scales, acc.shape)
                 if sizes.quantized:
                     products *= x_scales_of(0)
@@ -433,7 +433,7 @@ def _add_step(sizes, warpgroup, shared, count, x_scales_of, block_start, i, acc)
                 acc = _product(sizes, values, activations, warpgroup, shared, acc)
                 continue
             # Sums of fp8 products have few bits in the tensor cores: no more than a tile's are left to them.
-            scales = _by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) if sizes.groups else None
+            scales = _scales(sizes, shared.scales.at[slot, warpgroup, group]) if sizes.groups else None
             product = _product(sizes, values, activations, warpgroup, shared).astype(jnp.float32)
             if scales is not None:
                 product *= along_columns(scales, acc.shape)
@@ -456,6 +456,10 @@ def _values(sizes, shared, slot, warpgroup, tile):
         groups = range(tile * sizes.groups, (tile + 1) * sizes.groups)
         zeros = [_by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype) for group in groups]
     return unpack.values_of(words, sizes.format, sizes.dtype, sizes.span, zeros, sizes.interpret)
+
+
+def _scales(sizes, ref):
+    return _by_row(ref).astype(jnp.float32) * (1 / unpack.unit(sizes.format, sizes.interpret))
 
 
 def _by_row(ref):
