@@ -405,19 +405,12 @@ def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[Any]:
     if few is None or spec.activation is not None:
         return configs
     R, sms = weight.codes.shape[0], quant_kernel.mosaic.num_multiprocessors()
-    most = few.stages
+    half, most = -(-few.stages // 2), few.stages
+    cuts = ((4, 1, most), (4, 1, half), (4, 1, most + half), (6, 1, half), (8, 1, half), (2, 2, most), (4, 2, half))
     others = [
-        few_rows.Config(rows, warpgroups, split, min(R * 64 // rows, ctas * sms // split), stages)
+        few_rows.Config(rows, warpgroups, 1, min(R * 64 // rows, ctas * sms), stages)
         for rows in (64, 32, 16)
-        for warpgroups, ctas, all_stages in (
-            (4, 1, (most // 3, most // 2, most, 3 * most // 2)),
-            (6, 1, (most // 2, most)),
-            (8, 1, (most // 2, most)),
-            (2, 2, (most // 2, most)),
-            (4, 2, (most // 2,)),
-        )
-        for stages in all_stages
-        for split in (1, 2)
+        for warpgroups, ctas, stages in cuts
     ]
     return [one for one in dict.fromkeys(others) if one != few and few_rows.fits(weight, spec.batch, one)] + [default]
 

@@ -3,16 +3,19 @@
 Such a product takes as long as its weight takes to come from memory, and what a launch costs besides weighs as much: 4
 bits a weight are 7 us of an H200's bandwidth where the matrix is 14336 x 4096, and 2 us where it is 4096 x 4096. So:
 
-- A CTA has 64 rows of the weight, and its warpgroups share the columns. All CTAs run at once, and no work is dealt out.
-- Words go from global memory to the registers of the threads that need them, for `weight` packed them so. There is
-  nothing to set up first, and a multiprocessor's registers hold what must be under way: 4.3 TB/s for 1 us are 33 KB of
-  each of 132; 512 threads with 32 words each have asked for 64 KB.
-- Activations, in shared memory, come by copies of whole rows while the first words are under way.
+- A CTA has 64 rows of the weight, and its warpgroups share the columns. Where that leaves multiprocessors without
+  work, it has 32 or 16 rows, and a warpgroup takes these of two or four tiles at once. So no CTA needs another's sums,
+  and nothing is left for a second kernel; but where not even one stage fits beside the activations of a long row,
+  CTAs share the columns (`split`) and XLA adds, in what uses the product.
+- Each warp copies to shared memory the words that its own threads need (cp.async), for `weight` packed them so. It
+  waits for nobody, there is nothing to set up first, and the first instructions ask for all that should be under way:
+  4.3 TB/s for 1 us are 33 KB for each of 132 multiprocessors; it is 96 KB, for a CTA's first wait is its longest.
+  CTAs with less to do than others cost little then: those that go on have enough under way for the whole bandwidth.
+- Activations come by copies of whole rows while the first words are under way.
 - Products are those of single warps (mma, not wgmma): nothing is waited for but the operands, so that a warp's
-  conversions and another's products overlap. A tile of 64 x 128 weights is about 130 instructions for each of its 4
-  warps; 54 of these tiles on each multiprocessor's 4 schedulers are 4 us of the 7 us.
-- Sums of the warpgroups meet in shared memory. Where a matrix has too few rows for all multiprocessors, several CTAs
-  share the columns, and XLA adds their sums where the product is used.
+  conversions and another's products overlap. 64 x 128 weights of 4 bits are 139 instructions for each of 4 warps, 72
+  of them to convert; 54 such tiles on each multiprocessor, which issues 4 a cycle, are 4 us of the 7.
+- The warpgroups' sums meet in shared memory, and one of these writes them.
 """
 
 import functools
@@ -66,9 +69,12 @@ def default_config(weight: QuantizedWeight, batch: int) -> Config | None:
     """
     R, C = weight.codes.shape[:2]
     sms = mosaic.num_multiprocessors()
-    rows = 64
-    while rows > 16 and R * 64 // rows <= sms // 2 and C % (128 // rows) == 0:
-        rows //= 2
+
+    def longest(rows):
+        """What the CTA with the most to do has to do, in rows; to end a unit takes as long as about 4."""
+        return -(-R * 64 // rows // sms) * (rows + 4)
+
+    rows = min((rows for rows in (64, 32, 16) if C % (64 // rows) == 0), key=longest)
     most = 48 // KINDS[weight.format].words
     for split in (1, 2, 4, 8):
         for stages in range(most, most // 2, -1):
@@ -109,7 +115,7 @@ class _Sizes(NamedTuple):
     interpret: bool
 
     @property
-    def rows(self):
+    def tile_batch(self):
         """Of activations in a product: 8 or 16, the last of which are there for the tensor cores alone."""
         return self.batch + -self.batch % 8
 
@@ -191,7 +197,7 @@ def _scratch(sizes, weight):
         codes=plgpu.SMEM((*stages, *weight.codes.shape[2:]), jnp.int32),
         scales=plgpu.SMEM(groups, weight.scales.dtype),
         zeros=plgpu.SMEM(groups, weight.zeros.dtype) if sizes.has_zeros else None,
-        sums=plgpu.SMEM((config.warpgroups, TILE_ROWS, sizes.rows), jnp.float32),
+        sums=plgpu.SMEM((config.warpgroups, TILE_ROWS, sizes.tile_batch), jnp.float32),
         x_full=plgpu.Barrier(num_arrivals=sizes.batch),
         full=plgpu.Barrier(num_arrivals=config.warpgroups),
         empty=plgpu.Barrier(),
@@ -291,7 +297,7 @@ def _by_row(ref):
 
 
 def _add_step(sizes, x, loaded, acc):
-    """Adds the products of a step to acc, float32 [64, rows]. `x`: its activations in shared memory."""
+    """Adds the products of a step to acc, float32 [64, tile_batch]. `x`: its activations in shared memory."""
     words, scales, zeros = loaded
     arrays = unpack.values_of(words, sizes.format, sizes.dtype, sizes.span, zeros, sizes.interpret)
     for group, values in enumerate(arrays):
@@ -308,11 +314,11 @@ def _product(sizes, values, x, column):
     for part, values_of_part in enumerate(jnp.split(values.astype(jnp.float32), sizes.fold)):
         columns = x[:, pl.ds(part * TILE_COLUMNS + column, sizes.span)].astype(jnp.float32)
         parts.append(jnp.dot(values_of_part, columns.T, precision="highest"))
-    return jnp.pad(jnp.concatenate(parts), ((0, 0), (0, sizes.rows - sizes.batch)))
+    return jnp.pad(jnp.concatenate(parts), ((0, 0), (0, sizes.tile_batch - sizes.batch)))
 
 
 def _no_sums(sizes):
-    return plgpu.layout_cast(jnp.zeros((TILE_ROWS, sizes.rows), jnp.float32), plgpu.Layout.WGMMA)
+    return plgpu.layout_cast(jnp.zeros((TILE_ROWS, sizes.tile_batch), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _store(sizes, warpgroup, number, count, acc, shared, out_ref):
@@ -329,7 +335,7 @@ def _store(sizes, warpgroup, number, count, acc, shared, out_ref):
     def _():
         plgpu.barrier_wait(shared.full)
         if sizes.interpret:
-            sums = shared.sums[...].reshape(-1, sizes.config.rows, sizes.rows).sum(axis=0)
+            sums = shared.sums[...].reshape(-1, sizes.config.rows, sizes.tile_batch).sum(axis=0)
             out_ref[...] = sums.T[: sizes.batch].astype(out_ref.dtype)
         else:
             mosaic.store_sums(shared.sums, out_ref)

@@ -14,6 +14,7 @@ is there anyway. In a CTA one more warpgroup copies to shared memory and runs ah
 
 A batch beyond `tile_batch` rows is cut into tiles as well; CTAs of the same share and different tiles run side by side,
 so that a weight comes from memory once. Beyond `max_batch` the weight is dequantized by XLA and multiplied as a whole.
+Up to 16 rows that are not quantized are another kernel's, `few_rows`.
 """
 
 import functools
@@ -76,12 +77,11 @@ def default_config(weight: QuantizedWeight, batch: int) -> Config:
     tiles_each = R * C / sms
     if tiles_each < 8:  # more parts
         warpgroups = 2
-    step_tiles = 2 if C % 2 == 0 and tile_batch <= 16 and weight.format == "int4" and tiles_each >= 16 else 1
     blocks, ctas = -(-R // warpgroups), sms // -(-batch // tile_batch)
     # Slots are read and written in float32: worth it for a small output, or if most multiprocessors had nothing to do.
     split = batch <= 64 or blocks < ctas / 2
-    num_ctas = max(1, min(ctas, blocks * (C // step_tiles) if split else blocks))
-    return with_stages(weight, Config(warpgroups, step_tiles, 0, num_ctas, tile_batch, split))
+    num_ctas = max(1, min(ctas, blocks * C if split else blocks))
+    return with_stages(weight, Config(warpgroups, 1, 0, num_ctas, tile_batch, split))
 
 
 def with_stages(weight: QuantizedWeight, config: Config) -> Config:
