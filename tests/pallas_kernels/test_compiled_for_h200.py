@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.paged_decode import mosaic_gpu
+from pallas_kernels.quant_matmul import abstract
+from pallas_kernels.quant_matmul import mosaic_gpu as quant_kernel
 from tests.pallas_kernels.aot import compile_for_h200, needs_cuda_plugin, registers_and_spills
 
 ROWS, HEADS, PAGES = 8, 8, 4096
@@ -48,3 +50,30 @@ def test_paged_decode(case, monkeypatch, capfd):
     assert spilled == 0 and registers <= most_registers
     pool = PAGES * HEADS * page_size * H * jnp.dtype(kv_dtype).itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < pool / 8
+
+
+# Rows, out, in; format, group size, zeros.
+QUANTIZED = {
+    "int4": ((1, 14336, 4096), ("int4", 128, False)),
+    "int4, parts of two tiles": ((1, 4096, 11008), ("int4", 128, False)),
+    "int4, 16 rows, zeros": ((16, 6144, 4096), ("int4", 128, True)),
+    "int8": ((2, 14336, 4096), ("int8", -1, False)),
+    "fp8 in blocks": ((16, 14336, 4096), ("fp8", 128, False)),
+}
+
+
+@needs_cuda_plugin
+@pytest.mark.parametrize("case", QUANTIZED.values(), ids=QUANTIZED)
+def test_quant_matmul_of_few_rows_is_one_kernel(case, monkeypatch, capfd):
+    (batch, out, in_), (format, group_size, zeros) = case
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    weight = abstract(out, in_, format=format, group_size=group_size, zeros=zeros, scale_dtype=jnp.float16)
+    compiled = compile_for_h200(
+        lambda x, weight: quant_kernel.quant_matmul(x, weight, activation=None, out_dtype=jnp.dtype(jnp.bfloat16)),
+        jax.ShapeDtypeStruct((batch, in_), jnp.bfloat16),
+        weight,
+    )
+    [(registers, spilled)] = registers_and_spills("".join(capfd.readouterr()))
+    assert spilled == 0 and registers <= 128
+    text = compiled.as_text()
+    assert text.count("custom-call(") == 1 and "fusion(" not in text and "copy(" not in text
