@@ -34,7 +34,7 @@ from pallas_kernels.paged_mla import mosaic_gpu as mla_kernel
 from pallas_kernels.paged_mla import reference as mla_reference
 from pallas_kernels.paged_mla.specs import SPECS as MLA_SPECS
 from pallas_kernels.paged_mla.specs import Spec as MlaSpec
-from pallas_kernels.quant_matmul import QuantizedWeight
+from pallas_kernels.quant_matmul import QuantizedWeight, few_rows
 from pallas_kernels.quant_matmul import abstract as abstract_weight
 from pallas_kernels.quant_matmul import mosaic_gpu as quant_kernel
 from pallas_kernels.quant_matmul import reference as quant_reference
@@ -496,7 +496,7 @@ def dense_chain(spec: QuantSpec) -> tuple[Callable, tuple]:
     return jax.jit(lambda x, weights: [x @ weight.T for weight in weights]), (quant_activations(spec), weights)
 
 
-def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[quant_kernel.Config]:
+def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[Any]:
     """All that fit but the default."""
     default = quant_kernel.default_config(weight, spec.batch)
     configs = []
@@ -505,7 +505,18 @@ def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[quant_
         config = quant_kernel.with_stages(weight, config)
         if config != default and quant_kernel.fits(weight, config):
             configs.append(config)
-    return configs
+    few = few_rows.default_config(weight, spec.batch)
+    if few is None or spec.activation is not None:
+        return configs
+    R, sms = weight.codes.shape[0], quant_kernel.mosaic.num_multiprocessors()
+    half, most = -(-few.stages // 2), few.stages
+    cuts = ((4, 1, most), (4, 1, half), (4, 1, most + half), (6, 1, half), (8, 1, half), (2, 2, most), (4, 2, half))
+    others = [
+        few_rows.Config(rows, warpgroups, 1, min(R * 64 // rows, ctas * sms), stages)
+        for rows in (64, 32, 16)
+        for warpgroups, ctas, stages in cuts
+    ]
+    return [one for one in dict.fromkeys(others) if one != few and few_rows.fits(weight, spec.batch, one)] + [default]
 
 
 def quant_cases(effort: str) -> Iterator[Case]:

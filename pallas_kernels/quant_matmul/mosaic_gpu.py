@@ -14,6 +14,7 @@ is there anyway. In a CTA one more warpgroup copies to shared memory and runs ah
 
 A batch beyond `tile_batch` rows is cut into tiles as well; CTAs of the same share and different tiles run side by side,
 so that a weight comes from memory once. Beyond `max_batch` the weight is dequantized by XLA and multiplied as a whole.
+Up to 16 rows that are not quantized are another kernel's, `few_rows`.
 """
 
 import functools
@@ -27,8 +28,9 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import pl, plgpu
-from pallas_kernels.quant_matmul import reference
-from pallas_kernels.quant_matmul.weight import KINDS, TILE_COLUMNS, TILE_ROWS, QuantizedWeight, unpack_tiles
+from pallas_kernels.quant_matmul import few_rows, reference, unpack
+from pallas_kernels.quant_matmul.unpack import along_columns
+from pallas_kernels.quant_matmul.weight import KINDS, TILE_COLUMNS, TILE_ROWS, QuantizedWeight
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 # A number for each row of the weight, or of the batch: where a sum over a WGMMA-shaped array leaves it.
@@ -75,12 +77,11 @@ def default_config(weight: QuantizedWeight, batch: int) -> Config:
     tiles_each = R * C / sms
     if tiles_each < 8:  # more parts
         warpgroups = 2
-    step_tiles = 2 if C % 2 == 0 and tile_batch <= 16 and weight.format == "int4" and tiles_each >= 16 else 1
     blocks, ctas = -(-R // warpgroups), sms // -(-batch // tile_batch)
     # Slots are read and written in float32: worth it for a small output, or if most multiprocessors had nothing to do.
     split = batch <= 64 or blocks < ctas / 2
-    num_ctas = max(1, min(ctas, blocks * (C // step_tiles) if split else blocks))
-    return with_stages(weight, Config(warpgroups, step_tiles, 0, num_ctas, tile_batch, split))
+    num_ctas = max(1, min(ctas, blocks * C if split else blocks))
+    return with_stages(weight, Config(warpgroups, 1, 0, num_ctas, tile_batch, split))
 
 
 def with_stages(weight: QuantizedWeight, config: Config) -> Config:
@@ -131,18 +132,29 @@ def supported(x, weight, *, activation, out_dtype, interpret=False) -> str | Non
 
 @functools.partial(jax.jit, static_argnames=("activation", "out_dtype", "config", "interpret"))
 def quant_matmul(
-    x, weight: QuantizedWeight, *, activation, out_dtype, config: Config | None = None, interpret: bool = False
+    x,
+    weight: QuantizedWeight,
+    *,
+    activation,
+    out_dtype,
+    config: Config | few_rows.Config | None = None,
+    interpret: bool = False,
 ):
     """See pallas_kernels.quant_matmul."""
     *batch_shape, in_features = x.shape
     x = x.reshape(-1, in_features)
     batch = x.shape[0]
+    if config is None and activation is None:
+        config = few_rows.default_config(weight, batch)
     config = config or default_config(weight, batch)
-    if batch > config.max_batch and activation is None:
+    if isinstance(config, Config) and batch > config.max_batch and activation is None:
         out = reference.quant_matmul(x, weight, activation=None, out_dtype=out_dtype)
         return out.reshape(*batch_shape, weight.out_features)
     if weight.permutation is not None:
         x = x[:, weight.permutation]
+    if isinstance(config, few_rows.Config):
+        out = few_rows.multiply(x, weight, out_dtype=out_dtype, config=config, interpret=interpret)
+        return out.reshape(*batch_shape, weight.out_features)
     x_scales = jnp.ones((1, batch), jnp.float32)
     if activation is not None:
         x, x_scales = _quantize(x, weight, activation)
@@ -389,8 +401,8 @@ def _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_
         def _():
             products = acc
             if not sizes.groups:
-                scales = _by_row(scales_ref.at[tile, 0]).astype(jnp.float32)
-                products *= _along_columns(scales, acc.shape)
+                scales = _scales(sizes, scales_ref.at[tile, 0])
+                products *= along_columns(scales, acc.shape)
                 if sizes.quantized:
                     products *= x_scales_of(0)
             if shares.in_slots:
@@ -404,10 +416,6 @@ def _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_
     plgpu.wait_smem_to_gmem(0)
 
 
-def _along_columns(values, shape):
-    return lax.broadcast_in_dim(values, shape, [0])
-
-
 def _add_step(sizes, warpgroup, shared, count, x_scales_of, block_start, i, acc):
     """Adds the products of a step's tiles to acc, float32 [64, tile_batch]. The block starts with step block_start."""
     config = sizes.config
@@ -417,23 +425,18 @@ def _add_step(sizes, warpgroup, shared, count, x_scales_of, block_start, i, acc)
         x_scales = [x_scales_of((i - block_start) * config.step_tiles + tile) for tile in range(config.step_tiles)]
     plgpu.barrier_wait(shared.full.at[slot])
     for tile in range(config.step_tiles):
-        for part, values in enumerate(_unpack(sizes, shared.codes.at[slot, warpgroup, tile])):
+        for part, values in enumerate(_values(sizes, shared, slot, warpgroup, tile)):
             group = tile * sizes.groups + part
-            zeros = 8
-            if sizes.has_zeros:
-                zeros = _by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype)
-                zeros = _along_columns(zeros, values.shape)
-            values = _center(sizes, values, zeros)
             columns = pl.ds(tile * TILE_COLUMNS + part * sizes.span, sizes.span)
             activations = shared.x.at[slot, :, columns].T
             if not sizes.groups and not sizes.quantized:
                 acc = _product(sizes, values, activations, warpgroup, shared, acc)
                 continue
             # Sums of fp8 products have few bits in the tensor cores: no more than a tile's are left to them.
-            scales = _by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) if sizes.groups else None
+            scales = _scales(sizes, shared.scales.at[slot, warpgroup, group]) if sizes.groups else None
             product = _product(sizes, values, activations, warpgroup, shared).astype(jnp.float32)
             if scales is not None:
-                product *= _along_columns(scales, acc.shape)
+                product *= along_columns(scales, acc.shape)
             acc += product if x_scales is None else product * x_scales[tile]
 
     @pl.when(i + config.stages < count)
@@ -441,6 +444,22 @@ def _add_step(sizes, warpgroup, shared, count, x_scales_of, block_start, i, acc)
         plgpu.barrier_arrive(shared.empty.at[slot])
 
     return acc
+
+
+def _values(sizes, shared, slot, warpgroup, tile):
+    """Of a tile: arrays [64, span]."""
+    words = unpack.load_words(shared.codes.at[slot, warpgroup, tile])
+    if sizes.quantized:
+        return unpack.codes_of(words, sizes.format, sizes.dtype, sizes.span, sizes.interpret)
+    zeros = None
+    if sizes.has_zeros:
+        groups = range(tile * sizes.groups, (tile + 1) * sizes.groups)
+        zeros = [_by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype) for group in groups]
+    return unpack.values_of(words, sizes.format, sizes.dtype, sizes.span, zeros, sizes.interpret)
+
+
+def _scales(sizes, ref):
+    return _by_row(ref).astype(jnp.float32) * (1 / unpack.unit(sizes.format, sizes.interpret))
 
 
 def _by_row(ref):
@@ -472,90 +491,6 @@ def _product(sizes, values, activations, warpgroup, shared, acc=None):
     if acc is None:
         return pl.run_scoped(multiply, plgpu.ACC(shape, dtype))
     return pl.run_state(add)(plgpu.ACC.init(acc))
-
-
-# PTX that turns words ($4, $5) into registers $0 to $3 of 16-bit values, columns c and c + 8 of the rows r and r + 8.
-# A nibble becomes the lowest bits of a number in which a unit is worth 1: of 128 in bfloat16, of 1024 in float16.
-_NIBBLES = """
-    .reg .b32 t;
-    lop3.b32 $0, $4, 0x000f000f, {one}, 0xea;
-    shr.u32 t, $4, 4;
-    lop3.b32 $1, t, 0x000f000f, {one}, 0xea;
-    shr.u32 t, $4, 8;
-    lop3.b32 $2, t, 0x000f000f, {one}, 0xea;
-    shr.u32 t, $4, 12;
-    lop3.b32 $3, t, 0x000f000f, {one}, 0xea;
-"""
-
-
-def _of_bytes(instructions):
-    """PTX that makes a register of two bytes, four times. `{out}`, `{word}`, `{low}`: which."""
-    each = [(0, 4, True), (1, 5, True), (2, 4, False), (3, 5, False)]
-    registers = ".reg .b32 s, t, u;"
-    return registers + "".join(
-        instructions.format(
-            out=f"${out}", word=f"${word}", low="0x4140" if low else "0x4342", high="0x1404" if low else "0x3424"
-        )
-        for out, word, low in each
-    )
-
-
-# A byte's low seven bits become the mantissa of 128 to 255; its sign, the exponent's lowest bit, of 128 or 256. Their
-# difference is the number.
-_INT8_BFLOAT16 = _of_bytes("""
-    prmt.b32 s, {word}, 0x43, {low};
-    and.b32 t, s, 0xff7fff7f;
-    and.b32 u, s, 0xff80ff80;
-    sub.bf16x2 {out}, t, u;
-""")
-# With its sign flipped a byte is 128 more, and the mantissa of 1024 has room for it.
-_INT8_FLOAT16 = _of_bytes("""
-    xor.b32 t, {word}, 0x80808080;
-    prmt.b32 {out}, t, 0x64, {low};
-""")
-# Exponent and mantissa move to where the wider type has them. Its exponent's offset is larger: see _center.
-_FP8 = _of_bytes("""
-    prmt.b32 s, {word}, 0, {high};
-    shr.u32 t, s, SHIFT;
-    and.b32 t, t, MASK;
-    lop3.b32 {out}, s, 0x80008000, t, 0xea;
-""")
-_PTX = {
-    ("int4", "bfloat16"): (_NIBBLES.format(one="0x43004300"), 1),
-    ("int4", "float16"): (_NIBBLES.format(one="0x64006400"), 1),
-    ("int8", "bfloat16"): (_INT8_BFLOAT16, 2),
-    ("int8", "float16"): (_INT8_FLOAT16, 2),
-    ("fp8", "bfloat16"): (_FP8.replace("SHIFT", "4").replace("MASK", "0x07f007f0"), 2),
-    ("fp8", "float16"): (_FP8.replace("SHIFT", "1").replace("MASK", "0x3f803f80"), 2),
-}
-
-
-def _unpack(sizes, tile_ref):
-    """The values of a tile, but for what `_center` does to them: arrays [64, span]."""
-    words = plgpu.load(tile_ref, layout=plgpu.Layout.WG_STRIDED(tile_ref.shape, vec_size=4), optimized=False)
-    if sizes.interpret:
-        codes = unpack_tiles(words[None, None], sizes.format).astype(sizes.dtype)
-        if sizes.quantized:
-            codes = codes.reshape(TILE_ROWS, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(codes.shape)
-        return [codes[:, i : i + sizes.span] for i in range(0, TILE_COLUMNS, sizes.span)]
-    if sizes.quantized:
-        return mosaic.registers_of_words(words, "", 1, sizes.span, sizes.dtype)
-    ptx, inputs = _PTX[sizes.format, jnp.dtype(sizes.dtype).name]
-    return mosaic.registers_of_words(words, ptx, inputs, sizes.span, sizes.dtype)
-
-
-def _center(sizes, values, zeros):
-    """Takes away what the instructions of _PTX leave in the values. All of it is exact."""
-    bfloat16 = sizes.dtype == jnp.bfloat16
-    if sizes.quantized:
-        return values
-    if sizes.interpret:
-        return values - zeros if sizes.format == "int4" else values
-    if sizes.format == "int4":
-        return values - (zeros + (128 if bfloat16 else 1024))
-    if sizes.format == "int8":
-        return values if bfloat16 else values - (1024 + 128)
-    return values * 2.0 ** (120 if bfloat16 else 8)
 
 
 def _store(sizes, products, tile, batch_tile, out_ref, out_smem):

@@ -6,6 +6,8 @@ import pytest
 
 from pallas_kernels.paged_decode import mosaic_gpu
 from pallas_kernels.paged_mla import mosaic_gpu as mla
+from pallas_kernels.quant_matmul import abstract
+from pallas_kernels.quant_matmul import mosaic_gpu as quant_kernel
 from tests.pallas_kernels.aot import compile_for_h200, needs_cuda_plugin, registers_and_spills
 
 ROWS, HEADS, PAGES = 8, 8, 4096
@@ -67,3 +69,30 @@ def test_mla_decode(N, page_size, monkeypatch, capfd):
     # 128 for each of 512 threads are all that there are: the warpgroups divide them anew.
     assert attend == (128, 0) and merge[1] == 0
     assert compiled.memory_analysis().temp_size_in_bytes < num_pages * page_size * 576 * 2 / 8
+
+
+# Rows, out, in; format, group size, zeros.
+QUANTIZED = {
+    "int4": ((1, 14336, 4096), ("int4", 128, False)),
+    "int4, parts of two tiles": ((1, 4096, 11008), ("int4", 128, False)),
+    "int4, 16 rows, zeros": ((16, 6144, 4096), ("int4", 128, True)),
+    "int8": ((2, 14336, 4096), ("int8", -1, False)),
+    "fp8 in blocks": ((16, 14336, 4096), ("fp8", 128, False)),
+}
+
+
+@needs_cuda_plugin
+@pytest.mark.parametrize("case", QUANTIZED.values(), ids=QUANTIZED)
+def test_quant_matmul_of_few_rows_is_one_kernel(case, monkeypatch, capfd):
+    (batch, out, in_), (format, group_size, zeros) = case
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    weight = abstract(out, in_, format=format, group_size=group_size, zeros=zeros, scale_dtype=jnp.float16)
+    compiled = compile_for_h200(
+        lambda x, weight: quant_kernel.quant_matmul(x, weight, activation=None, out_dtype=jnp.dtype(jnp.bfloat16)),
+        jax.ShapeDtypeStruct((batch, in_), jnp.bfloat16),
+        weight,
+    )
+    [(registers, spilled)] = registers_and_spills("".join(capfd.readouterr()))
+    assert spilled == 0 and registers <= 128
+    text = compiled.as_text()
+    assert text.count("custom-call(") == 1 and "fusion(" not in text and "copy(" not in text

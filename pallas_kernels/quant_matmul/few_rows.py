@@ -1,0 +1,345 @@
+"""quant_matmul of up to 16 rows for Hopper: a kernel that begins to read at once and ends soon after.
+
+Such a product takes as long as its weight takes to come from memory, and what a launch costs besides weighs as much: 4
+bits a weight are 7 us of an H200's bandwidth where the matrix is 14336 x 4096, and 2 us where it is 4096 x 4096. So:
+
+- A CTA has 64 rows of the weight, and its warpgroups share the columns. Where that leaves multiprocessors without
+  work, it has 32 or 16 rows, and a warpgroup takes these of two or four tiles at once. So no CTA needs another's sums,
+  and nothing is left for a second kernel; but where not even one stage fits beside the activations of a long row,
+  CTAs share the columns (`split`) and XLA adds, in what uses the product.
+- Each warp copies to shared memory the words that its own threads need (cp.async), for `weight` packed them so. It
+  waits for nobody, there is nothing to set up first, and the first instructions ask for all that should be under way:
+  4.3 TB/s for 1 us are 33 KB for each of 132 multiprocessors; it is 96 KB, for a CTA's first wait is its longest.
+  CTAs with less to do than others cost little then: those that go on have enough under way for the whole bandwidth.
+- Activations come by copies of whole rows while the first words are under way.
+- Products are those of single warps (mma, not wgmma): nothing is waited for but the operands, so that a warp's
+  conversions and another's products overlap. 64 x 128 weights of 4 bits are 139 instructions for each of 4 warps, 72
+  of them to convert; 54 such tiles on each multiprocessor, which issues 4 a cycle, are 4 us of the 7.
+- The warpgroups' sums meet in shared memory, and one of these writes them.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.quant_matmul import unpack
+from pallas_kernels.quant_matmul.unpack import along_columns
+from pallas_kernels.quant_matmul.weight import KINDS, TILE_COLUMNS, TILE_ROWS, QuantizedWeight
+
+MAX_ROWS = 16
+SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
+# A number for each row of the weight, with the threads that have the row's sums.
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+# Makes of a copy one of a line of bytes, which needs no description of the array, and may be long.
+_IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+_COMPILERS = 6144  # bytes of shared memory that it takes or leaves between arrays, at most
+_PAD = 8  # elements after a row of activations, which puts rows into different banks
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+      rows: of the weight, that a CTA takes at a time: 64, 32 or 16.
+      warpgroups: of a CTA, which share its columns.
+      split: CTAs that share the columns. Beyond one their sums are added by XLA.
+      num_ctas: for each part of the columns; each takes every so manyth `rows`.
+      stages: steps that a warpgroup has asked for and not yet done. A step is 64 x 128 weights: with 32 or 16 rows
+        these are of 2 or 4 tiles.
+    """
+
+    rows: int
+    warpgroups: int
+    split: int
+    num_ctas: int
+    stages: int
+
+
+def default_config(weight: QuantizedWeight, batch: int) -> Config | None:
+    """A CTA on each multiprocessor, with 512 threads and 96 KB or half of it under way.
+
+    None if that does not fit, or for more rows.
+    """
+    R, C = weight.codes.shape[:2]
+    sms = mosaic.num_multiprocessors()
+
+    def longest(rows):
+        """What the CTA with the most to do has to do, in rows; to end a unit takes as long as about 4."""
+        return -(-R * 64 // rows // sms) * (rows + 4)
+
+    rows = min((rows for rows in (64, 32, 16) if C % (64 // rows) == 0), key=longest)
+    most = 48 // KINDS[weight.format].words
+    for split in (1, 2, 4, 8):
+        for stages in range(most, most // 2, -1):
+            num_ctas = min(R * 64 // rows, sms // split)
+            config = Config(rows, min(4, C * rows // 64 // split), split, num_ctas, stages)
+            if fits(weight, batch, config):
+                return config
+    return None
+
+
+def fits(weight: QuantizedWeight, batch: int, config: Config) -> bool:
+    """Whether every warpgroup has a step, and shared memory has room."""
+    steps, rest = divmod(weight.codes.shape[1], 64 // config.rows)
+    if batch > MAX_ROWS or rest or not 1 <= config.warpgroups * config.split <= steps:
+        return False
+    stage = KINDS[weight.format].words * 512 + _groups_in_tile(weight) * TILE_ROWS * (weight.scales.dtype.itemsize + 2)
+    sums = 4 * (batch + -batch % 8) * TILE_ROWS
+    x = 2 * batch * (-(-steps // config.split) * (64 // config.rows) * TILE_COLUMNS + _PAD)
+    return config.warpgroups * (config.stages * stage + sums) + x + _COMPILERS <= SHARED_MEMORY
+
+
+def _groups_in_tile(weight):
+    return max(1, TILE_COLUMNS // weight.group_size) if weight.group_size > 0 else 1
+
+
+class _Sizes(NamedTuple):
+    """Static sizes of a call. `units`: of config.rows rows in the weight; `steps` of each; `groups`: of a tile."""
+
+    config: Config
+    format: str
+    dtype: jnp.dtype
+    units: int
+    steps: int
+    groups: int
+    has_row_scales: bool
+    has_zeros: bool
+    batch: int
+    interpret: bool
+
+    @property
+    def tile_batch(self):
+        """Of activations in a product: 8 or 16, the last of which are there for the tensor cores alone."""
+        return self.batch + -self.batch % 8
+
+    @property
+    def fold(self):
+        """Tiles of a step, of each of which a warpgroup has so manyth part of the rows."""
+        return TILE_ROWS // self.config.rows
+
+    @property
+    def window(self):
+        """Steps whose activations a CTA has."""
+        return -(-self.steps // self.config.split)
+
+    @property
+    def columns(self):
+        """Of a step."""
+        return self.fold * TILE_COLUMNS
+
+    @property
+    def span(self):
+        """Columns that have a scale in common."""
+        return TILE_COLUMNS // self.groups
+
+
+def multiply(x, weight: QuantizedWeight, *, out_dtype, config: Config, interpret: bool = False):
+    """[batch, in] x [out, in] -> [batch, out]; columns of x in the order of the weight's codes."""
+    batch = x.shape[0]
+    R, C = weight.codes.shape[:2]
+    if not fits(weight, batch, config):
+        raise ValueError(f"{config} does not fit {batch} rows and a weight of {C} tiles of columns")
+    x = jnp.pad(x, ((0, 0), (0, C * TILE_COLUMNS - x.shape[1])))
+    groups, fold, has_row_scales = _groups_in_tile(weight), TILE_ROWS // config.rows, weight.group_size == -1
+    by_tile = (R, 1 if has_row_scales else C, groups, TILE_ROWS)
+    scales = weight.scales.reshape(by_tile)
+    zeros = scales if weight.zeros is None else weight.zeros.reshape(by_tile)
+    sizes = _Sizes(
+        config=config, format=weight.format, dtype=x.dtype, units=R * fold, steps=C // fold, groups=groups,
+        has_row_scales=has_row_scales, has_zeros=weight.zeros is not None, batch=batch, interpret=interpret,
+    )  # fmt: skip
+    out = mosaic.kernel(
+        functools.partial(_kernel, sizes),
+        interpret=interpret,
+        out_type=jax.ShapeDtypeStruct(
+            (config.split, batch, R * TILE_ROWS), out_dtype if config.split == 1 else jnp.float32
+        ),
+        scratch_types=_scratch(sizes, weight),
+        grid=(config.num_ctas, config.split),
+        grid_names=("cta", "part"),
+        num_threads=config.warpgroups,
+        thread_name="warpgroup",
+    )(x, weight.codes, scales, zeros)
+    return out.sum(axis=0).astype(out_dtype)[:, : weight.out_features]
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a CTA.
+
+    x       activations of its columns
+    codes, scales, zeros    by stage and warpgroup, a step's
+    sums    of the warpgroups; `full` says that they are there, `empty` that they have been taken
+    """
+
+    x: object
+    codes: object
+    scales: object
+    zeros: object | None
+    sums: object
+    x_full: object
+    full: object
+    empty: object
+
+
+def _scratch(sizes, weight):
+    config = sizes.config
+    stages = config.stages, config.warpgroups
+    groups = (*stages, sizes.groups, TILE_ROWS)
+    return _Shared(
+        x=plgpu.SMEM((sizes.batch, sizes.window * sizes.columns + _PAD), sizes.dtype),
+        codes=plgpu.SMEM((*stages, *weight.codes.shape[2:]), jnp.int32),
+        scales=plgpu.SMEM(groups, weight.scales.dtype),
+        zeros=plgpu.SMEM(groups, weight.zeros.dtype) if sizes.has_zeros else None,
+        sums=plgpu.SMEM((config.warpgroups, TILE_ROWS, sizes.tile_batch), jnp.float32),
+        x_full=plgpu.Barrier(num_arrivals=sizes.batch),
+        full=plgpu.Barrier(num_arrivals=config.warpgroups),
+        empty=plgpu.Barrier(),
+    )
+
+
+def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
+    config, shared = sizes.config, _Shared(*scratch)
+    cta, part, warpgroup = lax.axis_index("cta"), lax.axis_index("part"), lax.axis_index("warpgroup")
+    share, shares = part * config.warpgroups + warpgroup, jnp.int32(config.split * config.warpgroups)
+    first, stop = (lax.div(at * sizes.steps, shares) for at in (share, share + 1))
+    # The last CTA's window of the activations may begin before its first step.
+    window = jnp.minimum(lax.div(part * sizes.steps, jnp.int32(config.split)), sizes.steps - sizes.window)
+    count = lax.div(sizes.units - 1 - cta, jnp.int32(config.num_ctas)) + 1
+
+    def ask(slot, number, step):
+        """Has a step of the CTA's `number`-th unit copied, and says which one comes next."""
+        wanted = number < count
+        unit = jnp.where(wanted, cta + number * config.num_ctas, 0)
+        _copy(sizes, slot, warpgroup, wanted, unit, step, codes_ref, scales_ref, zeros_ref, shared)
+        last = step + 1 == stop
+        return jnp.where(last, number + 1, number), jnp.where(last, first, step + 1)
+
+    def add_step(step, state):
+        acc, slot, ahead = state
+        if not sizes.interpret:
+            mosaic.wait_for_copies(but=config.stages - 1)
+        loaded = _load(sizes, slot, warpgroup, shared)
+        ahead = ask(slot, *ahead)
+        x = shared.x.at[:, pl.ds((step - window) * sizes.columns, sizes.columns)]
+        return _add_step(sizes, x, loaded, acc), jnp.where(slot + 1 == config.stages, 0, slot + 1), ahead
+
+    def multiply_unit(number, state):
+        acc, *state = lax.fori_loop(first, stop, add_step, (_no_sums(sizes), *state))
+        rows = pl.ds((cta + number * config.num_ctas) * config.rows, config.rows)
+        _store(sizes, warpgroup, number, count, acc, shared, out_ref.at[part, :, rows])
+        return tuple(state)
+
+    ahead = jnp.int32(0), first
+    for slot in range(config.stages):
+        ahead = ask(slot, *ahead)
+    _copy_activations(sizes, warpgroup, window, x_ref, shared)
+    lax.fori_loop(0, count, multiply_unit, (jnp.int32(0), ahead))
+
+
+def _copy_activations(sizes, warpgroup, window, x_ref, shared):
+    """Those of the CTA's columns. Warpgroups take turns at the rows, for to begin a copy takes some time."""
+    columns = pl.ds(window * sizes.columns, sizes.window * sizes.columns)
+    for row in range(sizes.batch):
+
+        @pl.when(warpgroup == row % sizes.config.warpgroups)
+        def _(row=row):
+            target = shared.x.at[row, pl.ds(0, sizes.window * sizes.columns)]
+            plgpu.copy_gmem_to_smem(x_ref.at[row, columns], target, shared.x_full, oob_mode=_IN_BOUNDS)
+
+    plgpu.barrier_wait(shared.x_full)
+
+
+def _copy(sizes, slot, warpgroup, wanted, unit, step, codes_ref, scales_ref, zeros_ref, shared):
+    """Begins to copy what a step needs."""
+    tile, part = lax.div(unit, jnp.int32(sizes.fold)), lax.rem(unit, jnp.int32(sizes.fold))
+    tiles = pl.ds(step * sizes.fold, sizes.fold)
+    words = codes_ref.at[tile, tiles], shared.codes.at[slot, warpgroup]
+    lines = [(scales_ref.at[tile, pl.ds(0, 1) if sizes.has_row_scales else tiles], shared.scales.at[slot, warpgroup])]
+    if sizes.has_zeros:
+        lines.append((zeros_ref.at[tile, tiles], shared.zeros.at[slot, warpgroup]))
+    if not sizes.interpret:
+        mosaic.copy_by_warps(words, lines, part, wanted)
+        return
+
+    @pl.when(wanted)
+    def _():
+        for warp in range(4):
+            tile, strip = divmod(warp, 4 // sizes.fold)
+            strip += part * (4 // sizes.fold)
+            source, target = words
+            for line in range(0, target.shape[0], 4):
+                target[line + warp] = source[tile, line + strip]
+            for source, target in lines:
+                of_strip = pl.ds(strip * 16, 16)
+                target[:, pl.ds(warp * 16, 16)] = source[0 if sizes.has_row_scales else tile, :, of_strip]
+
+
+def _load(sizes, slot, warpgroup, shared):
+    """A step's words, and a list of scales and of zeros of its groups, from shared memory."""
+    words = unpack.load_words(shared.codes.at[slot, warpgroup])
+    groups = range(sizes.groups)
+    unit = unpack.unit(sizes.format, sizes.interpret)
+    scales = [_by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) * (1 / unit) for group in groups]
+    if not sizes.has_zeros:
+        return words, scales, None
+    return words, scales, [_by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype) for group in groups]
+
+
+def _by_row(ref):
+    return plgpu.load(ref, layout=BY_ROW, optimized=False)
+
+
+def _add_step(sizes, x, loaded, acc):
+    """Adds the products of a step to acc, float32 [64, tile_batch]. `x`: its activations in shared memory."""
+    words, scales, zeros = loaded
+    arrays = unpack.values_of(words, sizes.format, sizes.dtype, sizes.span, zeros, sizes.interpret)
+    for group, values in enumerate(arrays):
+        product = _product(sizes, values, x, group * sizes.span)
+        acc += product * along_columns(scales[group], acc.shape)
+    return acc
+
+
+def _product(sizes, values, x, column):
+    """values x activations. Parts of the rows are of different tiles, and so have other columns of activations."""
+    if not sizes.interpret:
+        return mosaic.add_product(_no_sums(sizes), values, x, column, sizes.fold)
+    parts = []
+    for part, values_of_part in enumerate(jnp.split(values.astype(jnp.float32), sizes.fold)):
+        columns = x[:, pl.ds(part * TILE_COLUMNS + column, sizes.span)].astype(jnp.float32)
+        parts.append(jnp.dot(values_of_part, columns.T, precision="highest"))
+    return jnp.pad(jnp.concatenate(parts), ((0, 0), (0, sizes.tile_batch - sizes.batch)))
+
+
+def _no_sums(sizes):
+    return plgpu.layout_cast(jnp.zeros((TILE_ROWS, sizes.tile_batch), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _store(sizes, warpgroup, number, count, acc, shared, out_ref):
+    """Adds what the warpgroups have of a unit, and writes it."""
+
+    @pl.when(number > 0)
+    def _():
+        plgpu.barrier_wait(shared.empty)
+
+    shared.sums[warpgroup] = acc
+    plgpu.barrier_arrive(shared.full)
+
+    @pl.when(warpgroup == sizes.config.warpgroups - 1)
+    def _():
+        plgpu.barrier_wait(shared.full)
+        if sizes.interpret:
+            sums = shared.sums[...].reshape(-1, sizes.config.rows, sizes.tile_batch).sum(axis=0)
+            out_ref[...] = sums.T[: sizes.batch].astype(out_ref.dtype)
+        else:
+            mosaic.store_sums(shared.sums, out_ref)
+
+        @pl.when(number + 1 < count)
+        def _():
+            plgpu.barrier_arrive(shared.empty)

@@ -1,0 +1,142 @@
+"""Words of a packed tile become what the tensor cores take: the left operand of a product, in registers."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import plgpu
+from pallas_kernels.quant_matmul.weight import TILE_COLUMNS, TILE_ROWS, unpack_tiles
+
+# PTX that turns words ($4, $5) into registers $0 to $3 of 16-bit values, columns c and c + 8 of the rows r and r + 8.
+# A nibble is the lowest bits of a denormal number, or the next higher ones: the hardware multiplies these as well, and
+# takes the middle of the codes away. All are brought to the same unit, for the larger one is out of bfloat16's reach.
+_NIBBLES = """
+    .reg .b32 s, t, low, high, middle;
+    mov.b32 low, {low};
+    mov.b32 high, {high};
+    mov.b32 middle, {middle};
+    shr.u32 s, $4, 8;
+    and.b32 t, $4, 0x000f000f;
+    fma.rn.{dtype}x2 $0, t, low, middle;
+    and.b32 t, $4, 0x00f000f0;
+    fma.rn.{dtype}x2 $1, t, high, middle;
+    and.b32 t, s, 0x000f000f;
+    fma.rn.{dtype}x2 $2, t, low, middle;
+    and.b32 t, s, 0x00f000f0;
+    fma.rn.{dtype}x2 $3, t, high, middle;
+"""
+_NIBBLE_UNIT = 2.0**-9
+
+
+def _nibbles(dtype, centered):
+    """For `_PTX`: codes less 8, or codes, times _NIBBLE_UNIT."""
+    if dtype == "bfloat16":  # 2^124, 2^120, -2^-6; a denormal's lowest bit is 2^-133
+        low, high, middle = "0x7d807d80", "0x7b807b80", "0xbc80bc80"
+    else:  # 2^15, 2^11, -2^-6; 2^-24
+        low, high, middle = "0x78007800", "0x68006800", "0xa400a400"
+    # -0 is what changes no sum.
+    return _NIBBLES.format(
+        dtype={"bfloat16": "bf16", "float16": "f16"}[dtype],
+        low=low,
+        high=high,
+        middle=middle if centered else "0x80008000",
+    )
+
+
+def _of_bytes(instructions):
+    """PTX that makes a register of two bytes, four times. `{out}`, `{word}`, `{low}`: which."""
+    each = [(0, 4, True), (1, 5, True), (2, 4, False), (3, 5, False)]
+    registers = ".reg .b32 s, t, u;"
+    return registers + "".join(
+        instructions.format(
+            out=f"${out}", word=f"${word}", low="0x4140" if low else "0x4342", high="0x1404" if low else "0x3424"
+        )
+        for out, word, low in each
+    )
+
+
+# A byte's low seven bits become the mantissa of 128 to 255; its sign, the exponent's lowest bit, of 128 or 256. Their
+# difference is the number.
+_INT8_BFLOAT16 = _of_bytes("""
+    prmt.b32 s, {word}, 0x43, {low};
+    and.b32 t, s, 0xff7fff7f;
+    and.b32 u, s, 0xff80ff80;
+    sub.bf16x2 {out}, t, u;
+""")
+# With its sign flipped a byte is 128 more, and the mantissa of 1024 has room for it.
+_INT8_FLOAT16 = _of_bytes("""
+    xor.b32 t, {word}, 0x80808080;
+    prmt.b32 {out}, t, 0x64, {low};
+""")
+# Exponent and mantissa move to where the wider type has them. Its exponent's offset is larger: see _corrected.
+_FP8 = _of_bytes("""
+    prmt.b32 s, {word}, 0, {high};
+    shr.u32 t, s, SHIFT;
+    and.b32 t, t, MASK;
+    lop3.b32 {out}, s, 0x80008000, t, 0xea;
+""")
+_PTX = {
+    ("int8", "bfloat16"): (_INT8_BFLOAT16, 2),
+    ("int8", "float16"): (_INT8_FLOAT16, 2),
+    ("fp8", "bfloat16"): (_FP8.replace("SHIFT", "4").replace("MASK", "0x07f007f0"), 2),
+    ("fp8", "float16"): (_FP8.replace("SHIFT", "1").replace("MASK", "0x3f803f80"), 2),
+}
+
+
+def load_words(ref):
+    """A tile's words, i32[8 or 16, 128], each with the thread that has its values in the tensor cores."""
+    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4), optimized=False)
+
+
+def along_columns(values, shape):
+    """A number for each row -> `shape`."""
+    return lax.broadcast_in_dim(values, shape, [0])
+
+
+def codes_of(words, format, dtype, span, interpret):
+    """A tile's codes as they are, for activations of their type: arrays [64, span], columns as `_quantize` has them."""
+    if interpret:
+        codes = unpack_tiles(words[None, None], format).astype(dtype)
+        codes = codes.reshape(TILE_ROWS, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(codes.shape)
+        return _cut(codes, span)
+    return mosaic.registers_of_words(words, "", 1, span, dtype)
+
+
+def unit(format: str, interpret: bool) -> float:
+    """What `values_of` returns for 1."""
+    return _NIBBLE_UNIT if format == "int4" and not interpret else 1.0
+
+
+def values_of(words, format, dtype, span, zeros, interpret):
+    """A tile's codes less their zeros, times `unit`, in bfloat16 or float16, exact: arrays [64, span].
+
+    Args:
+      words: from `load_words`.
+      zeros: [64] for each array, in its dtype; None for 8 with int4 and 0 with others.
+    """
+    if interpret:
+        values = unpack_tiles(words[None, None], format).astype(dtype)
+        arrays = _cut(values if zeros is not None or format != "int4" else values - 8, span)
+    else:
+        name = jnp.dtype(dtype).name
+        ptx, inputs = (_nibbles(name, zeros is None), 1) if format == "int4" else _PTX[format, name]
+        arrays = [_corrected(values, format) for values in mosaic.registers_of_words(words, ptx, inputs, span, dtype)]
+    if zeros is None:
+        return arrays
+    # A product by a power of two, which a number of few bits survives.
+    zeros = [zero * unit(format, interpret) for zero in zeros]
+    return [values - along_columns(zero, values.shape) for values, zero in zip(arrays, zeros, strict=True)]
+
+
+def _cut(values, span):
+    return [values[:, i : i + span] for i in range(0, TILE_COLUMNS, span)]
+
+
+def _corrected(values, format):
+    """Takes away what the instructions of _PTX leave in the values."""
+    bfloat16 = values.dtype == jnp.bfloat16
+    if format == "int8":
+        return values if bfloat16 else values - (1024 + 128)
+    if format == "fp8":
+        return values * 2.0 ** (120 if bfloat16 else 8)
+    return values
