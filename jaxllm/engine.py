@@ -402,8 +402,8 @@ class LLMEngine:
         if group.finished:
             return True
         for sequence in group.sequences:
-            spec = self._specs.make(group.params, group.prompt_token_ids, 1, 0, group.stop_ids)
-            sequence.request.sampling = spec
+            sequence.request.sampling = sequence.request.sampling.fork()
+            sequence.request.skip_reading_prefix_cache = bool(group.params.skip_reading_prefix_cache)
         self._queue(group, time.monotonic())
         return True
 

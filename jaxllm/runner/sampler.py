@@ -5,7 +5,7 @@ the prompt was chunked, or on whether the request was preempted.
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -82,6 +82,10 @@ class SamplingSpec:
     first_scored: int = 0
     prompt_logprob_ids: tuple[int, ...] = ()
     pooling: str | None = None
+
+    def fork(self) -> "SamplingSpec":
+        """The spec of another answer that begins as this one does, and whose prompt has been scored."""
+        return replace(self, scores_prompt=False, constraints=tuple(one.fork() for one in self.constraints))
 
     @property
     def level(self) -> Level:
