@@ -21,12 +21,15 @@ _ALWAYS = None  # whatever the value, nothing is different
 # vLLM's arguments that are no fields here: the values that ask for nothing, and why others are refused.
 NOT_HONOURED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "allowed_local_media_path": ((None, ""), "models take text alone"),
+    "allowed_media_domains": ((None,), "models take text alone"),
+    "attention_config": ((None,), "the attention kernel is picked by device and shape"),
     "code_revision": ((None,), "no code of a checkpoint's model is run"),
     "compilation_config": ((None,), "shapes are compiled from max_num_seqs and max_num_batched_tokens"),
     "convert": (("auto", "none"), "an architecture is used as what it is"),
     "cpu_offload_gb": ((0,), "weights stay on the device"),
     "data_parallel_size": ((None, 1), "one device is used"),
     "device": ((None, "auto", "cuda"), "JAX_PLATFORMS chooses it"),
+    "disable_async_output_proc": (_ALWAYS, "async_scheduling says whether steps overlap"),
     "disable_custom_all_reduce": (_ALWAYS, "there is none"),
     "disable_log_requests": (_ALWAYS, "requests are not logged"),
     "disable_log_stats": (_ALWAYS, "statistics are not logged: LLM.get_metrics has them"),
@@ -34,6 +37,7 @@ NOT_HONOURED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "distributed_executor_backend": ((None,), "one device is used"),
     "enable_log_requests": ((None, False), "requests are not logged"),
     "enable_lora": ((None, False), "adapters are merged while loading: lora=folder"),
+    "enable_return_routed_experts": ((False,), "the experts that tokens were routed to are not returned"),
     "engine_use_ray": ((False,), "one process is used"),
     "guided_decoding_backend": ((None, "auto"), "there is one"),
     "hf_token": ((None,), "the environment's HF_TOKEN is used"),
@@ -43,12 +47,20 @@ NOT_HONOURED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "max_log_len": (_ALWAYS, "requests are not logged"),
     "max_seq_len_to_capture": (_ALWAYS, "no graphs are captured"),
     "mm_processor_kwargs": ((None, {}), "models take text alone"),
+    "offload_group_size": ((0,), "weights stay on the device"),
+    "offload_num_in_group": ((1,), "weights stay on the device"),
+    "offload_params": ((None,), "weights stay on the device"),
+    "offload_prefetch_step": ((1,), "weights stay on the device"),
     "pipeline_parallel_size": ((1,), "one device is used"),
     "profiler_config": ((None,), "profiler_dir says where profiles go"),
     "quantization_config": ((None,), "quantization names a method, or the checkpoint says it"),
+    "return_sampling_mask": ((False,), "which tokens could have been sampled is not returned"),
     "rope_scaling": ((None,), 'hf_overrides={"rope_scaling": ...} replaces it'),
     "runner": (("auto", "generate", "pooling"), "an architecture is used as what it is"),
     "served_model_name": ((None,), "there is no server"),
+    "spec_method": ((None,), "there is no speculative decoding"),
+    "spec_model": ((None,), "there is no speculative decoding"),
+    "spec_tokens": ((None,), "there is no speculative decoding"),
     "speculative_config": ((None,), "there is no speculative decoding"),
     "speculative_model": ((None,), "there is no speculative decoding"),
     "structured_outputs_config": ((None,), "there is one backend"),
@@ -77,6 +89,9 @@ class EngineConfig:
     trust_remote_code: bool = option(False, "allow a checkpoint's own tokenizer code to run")
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     tokenizer_revision: str | None = option(None, "the same for the tokenizer")
+    chat_template: str | None = option(
+        None, "of LLM.chat: Jinja text, a file or the name of a format; none: the tokenizer's"
+    )
     download_dir: str | None = option(None, "where hub downloads are kept; none: the hub's own cache")
     load_format: str = option("auto", "auto: the checkpoint's weights; dummy: random ones", LOAD_FORMATS)
     hf_overrides: dict[str, Any] | None = option(None, "values that replace those of the checkpoint's config.json")

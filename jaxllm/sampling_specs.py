@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.runner.constraints import BadWords, Constraint, FixedTokens, ThinkingBudget

@@ -237,6 +237,7 @@ class ModelRunner:
             self.config,
             model=None,
             tokenizer=None,
+            chat_template=None,
             hf_overrides=None,
             scheduling_policy="fcfs",
             seed=0,

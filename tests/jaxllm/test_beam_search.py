@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-import jaxllm
 from jaxllm import BeamSearchParams, SamplingParams
 from jaxllm.beam_search import BeamSearch, num_candidates
 from jaxllm.models.testing import continuation

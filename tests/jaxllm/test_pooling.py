@@ -80,6 +80,19 @@ def test_embeddings_are_transformers(embedder, monkeypatch, pooling, reference):
     np.testing.assert_allclose(short.outputs.embedding, unit(reference(hidden[1])[:8]), atol=2e-5)
 
 
+def test_each_token_s_embedding(embedder):
+    """In chunks, beside prompts that become one vector."""
+    llm, hidden = embedder
+    mean = llm.llm_engine.prepare_pooling(prompts()[4], PoolingParams(task="embed"))
+    llm.llm_engine.add_pooling_request("one vector", mean)
+    outputs = llm.encode(prompts(), {"use_activation": False}, use_tqdm=False, pooling_task="token_embed")
+    for output, states in zip(outputs, hidden, strict=True):
+        assert output.outputs.data.dtype == np.float32
+        np.testing.assert_allclose(output.outputs.data, states, atol=2e-5)
+    normal = llm.encode(prompts()[2], PoolingParams(task="token_embed", dimensions=8), use_tqdm=False)[0].outputs.data
+    np.testing.assert_allclose(normal, [unit(one[:8]) for one in hidden[2]], atol=2e-5)
+
+
 def test_embeddings_beside_generation(embedder):
     llm, hidden = embedder
     greedy = SamplingParams(temperature=0, max_tokens=20)
@@ -93,18 +106,23 @@ def test_embeddings_beside_generation(embedder):
     llm.llm_engine.scheduler.check()
 
 
-def test_a_preempted_prompt_is_pooled_once(embedder, monkeypatch, tmp_path):
-    """Fewer pages than the prompts need: some give theirs up in the middle and begin again."""
+@pytest.mark.parametrize("task", ["embed", "token_embed"])
+def test_a_preempted_prompt_is_pooled_once(embedder, task):
+    """An answer grows into the pages that the prompt needs: it gives its own up in the middle and begins again."""
     llm, hidden = embedder
     tight = LLM(
         llm.config.model, skip_tokenizer_init=True, use_tqdm_on_load=False,
-        **ENGINE | dict(num_gpu_blocks_override=16, pooler_config={"pooling_type": "MEAN", "normalize": False}),
+        **ENGINE | dict(num_gpu_blocks_override=12, max_model_len=48, async_scheduling=False, num_scheduler_steps=1),
     )  # fmt: skip
-    tight.llm_engine.add_request("a", prompts()[0], SamplingParams(temperature=0, max_tokens=50))
-    tight.llm_engine.step()
-    outputs = tight.embed([prompts()[2]] * 2, use_tqdm=False)
-    for output in outputs:
-        np.testing.assert_allclose(output.outputs.embedding, hidden[2].mean(0), atol=2e-5)
+    expected = hidden[2] if task == "token_embed" else hidden[2][-1]
+    for steps in range(1, 9):
+        tight.llm_engine.add_request("a", prompts()[0], SamplingParams(temperature=0, max_tokens=40))
+        for _ in range(steps):
+            tight.llm_engine.step()
+        (output,) = tight.encode(prompts()[2], {"use_activation": False}, pooling_task=task, use_tqdm=False)
+        np.testing.assert_allclose(output.outputs.data, expected, atol=2e-5)
+        tight.llm_engine.abort_request("a")
+    assert tight.llm_engine.scheduler.num_preemptions > 0
 
 
 def test_score_is_the_cosine(embedder, monkeypatch):
@@ -190,12 +208,16 @@ def test_what_a_model_cannot_do_is_refused():
         llm.embed([1, 2], {"dimensions": 1000})
     with pytest.raises(ValueError, match="task is 'classify', but 'embed' was called"):
         llm.embed([1, 2], PoolingParams(task="classify"))
-    with pytest.raises(ValueError, match="pooling_task must be one of embed, classify, got 'token_embed'"):
-        llm.encode([1, 2], pooling_task="token_embed")
+    with pytest.raises(
+        ValueError, match="pooling_task must be one of embed, classify, token_embed, got 'token_classify'"
+    ):
+        llm.encode([1, 2], pooling_task="token_classify")
     with pytest.raises(TypeError, match="did you mean 'dimensions'"):
         llm.embed([1, 2], {"dimension": 3})
     with pytest.raises(ValueError, match="2 entries for 1 prompts"):
         llm.embed([[1, 2]], [None, None])
+    with pytest.raises(ValueError, match="lora_request must be None"):
+        llm.embed([1, 2], lora_request="adapter")
 
 
 def test_pooler_config(tmp_path):
