@@ -6,7 +6,7 @@ python scripts/make_compatibility.py
 import dataclasses
 import pathlib
 
-from jaxllm import LLM, AsyncLLM, EngineConfig, SamplingParams
+from jaxllm import LLM, AsyncLLM, EngineConfig
 from jaxllm.config import NOT_HONOURED
 from jaxllm.sampling_params import _GUIDED, _REFUSED, known_fields
 from jaxllm.validation import REFUSED_METHODS

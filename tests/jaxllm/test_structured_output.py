@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -52,7 +51,7 @@ def schema_params(i: int, schema) -> SamplingParams:
     # A tiny model falls into endless digits; the penalty gets it out of them.
     drawn = dict(temperature=0) if i % 2 else dict(temperature=1.0, seed=i)
     return SamplingParams(
-        **drawn, max_tokens=380, frequency_penalty=0.5, structured_outputs=dict(json=schema, **whitespace)
+        **drawn, max_tokens=380, frequency_penalty=1.0, structured_outputs=dict(json=schema, **whitespace)
     )
 
 
@@ -68,10 +67,8 @@ def check_random_schemas(llm, schemas) -> None:
     assert {output.text for output, one in zip(outputs, mixed, strict=True) if one is free} == {alone.text}
     constrained = [output for output, one in zip(outputs, mixed, strict=True) if one is not free]
     for output, schema in zip(constrained, schemas, strict=True):
-        if output.finish_reason == "stop":
-            validate(output.text, schema)
-    reasons = Counter(output.finish_reason for output in constrained)
-    assert set(reasons) <= {"stop", "length"} and reasons["length"] <= len(schemas) // 20, reasons
+        assert output.finish_reason == "stop", (schema, output.text)
+        validate(output.text, schema)
 
 
 def test_answers_to_20_random_schemas_are_valid(default_llm):
