@@ -140,6 +140,10 @@ def test_score_is_the_cosine(embedder, monkeypatch):
 
 
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, decoder_sparse_step=1)
+DEEPSEEK = dict(
+    num_key_value_heads=4, first_k_dense_replace=1, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+    kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+)  # fmt: skip
 FAMILIES = {
     "Llama": {},
     "Qwen2": {},
@@ -151,6 +155,10 @@ FAMILIES = {
     "Mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "Qwen2Moe": dict(num_experts=4, **MOE),
     "Qwen3Moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1),
+    "OPT": dict(num_key_value_heads=4, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "Glm": dict(partial_rotary_factor=0.5),
+    "DeepseekV2": dict(**DEEPSEEK, q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy"),
+    "DeepseekV3": dict(**DEEPSEEK, q_lora_rank=16, n_group=2, topk_group=1, scoring_func="sigmoid", head_dim=4),
     "Gemma3Text": dict(query_pre_attn_scalar=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
 }
 SLOW = set(FAMILIES) - {"Llama", "Qwen2", "Gemma2"}
