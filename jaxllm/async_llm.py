@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from jaxllm import profiling
 from jaxllm.config import EngineConfig
 from jaxllm.engine import LLMEngine, Prompt
 from jaxllm.loading import build_engine
@@ -151,6 +152,14 @@ class AsyncLLM:
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """As LLM.wake_up."""
         await self._call(lambda: self._engine.wake_up(tags))
+
+    async def start_profile(self) -> None:
+        """As LLM.start_profile."""
+        profiling.start(self._engine.config.profiler_dir)
+
+    async def stop_profile(self) -> None:
+        """As LLM.stop_profile."""
+        profiling.stop()
 
     async def is_sleeping(self) -> bool:
         return self._engine.is_sleeping

@@ -43,6 +43,7 @@ NOT_HONOURED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "hf_token": ((None,), "the environment's HF_TOKEN is used"),
     "limit_mm_per_prompt": ((None, {}), "models take text alone"),
     "logits_processors": ((None,), "they are a request's: SamplingParams(logits_processors=...)"),
+    "logprobs_mode": (("raw_logprobs",), "log probabilities are the model's own; a beam search's are processed"),
     "max_context_len_to_capture": (_ALWAYS, "no graphs are captured"),
     "max_log_len": (_ALWAYS, "requests are not logged"),
     "max_seq_len_to_capture": (_ALWAYS, "no graphs are captured"),
@@ -97,6 +98,9 @@ class EngineConfig:
     hf_overrides: dict[str, Any] | None = option(None, "values that replace those of the checkpoint's config.json")
     generation_config: str = option(
         "auto", "auto: sampling defaults from generation_config.json; vllm: none from there", GENERATION_CONFIGS
+    )
+    override_generation_config: dict[str, Any] | None = option(
+        None, "values that replace those of the checkpoint's generation_config.json"
     )
     dtype: str = option("auto", "of weights and activations; auto: the checkpoint's on a GPU, float32 on a CPU", DTYPES)
     kv_cache_dtype: str = option(
@@ -157,8 +161,9 @@ class EngineConfig:
         utilization = self.gpu_memory_utilization
         if not (isinstance(utilization, int | float) and math.isfinite(utilization) and 0 < utilization <= 1):
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
-        if not isinstance(self.hf_overrides, dict | None):
-            raise ValueError(f"hf_overrides must be a dict of config.json's keys, got {self.hf_overrides!r}")
+        for name, file in (("hf_overrides", "config"), ("override_generation_config", "generation_config")):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} must be a dict of {file}.json's keys, got {getattr(self, name)!r}")
         markers = self.reasoning_config
         if markers is not None and not (isinstance(markers, dict) and set(markers) == REASONING_MARKERS):
             raise ValueError(

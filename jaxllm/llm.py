@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import closing
 from typing import Any, TypeVar
 
+from jaxllm import profiling
 from jaxllm.config import EngineConfig
 from jaxllm.engine import LLMEngine, PreparedRequest, Prompt
 from jaxllm.interrupts import deferred_interrupt
@@ -394,18 +394,11 @@ class LLM:
 
         Raises: ValueError if neither is set; RuntimeError if a profile is being taken already.
         """
-        import jax
-
-        folder = self.config.profiler_dir or os.environ.get("JAXLLM_PROFILER_DIR")
-        if not folder:
-            raise ValueError("no folder for profiles: set LLM(profiler_dir=...) or JAXLLM_PROFILER_DIR")
-        jax.profiler.start_trace(folder)
+        profiling.start(self.config.profiler_dir)
 
     def stop_profile(self) -> None:
         """Ends the recording and writes it. Raises RuntimeError if there is none."""
-        import jax
-
-        jax.profiler.stop_trace()
+        profiling.stop()
 
     def _finish(self, ids: list[str], use_tqdm: Progress) -> list[Any]:
         """The outputs of the given requests when all of them have finished."""

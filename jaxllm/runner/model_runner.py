@@ -239,6 +239,7 @@ class ModelRunner:
             tokenizer=None,
             chat_template=None,
             hf_overrides=None,
+            override_generation_config=None,
             scheduling_policy="fcfs",
             seed=0,
             profiler_dir=None,

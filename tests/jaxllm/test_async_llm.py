@@ -177,7 +177,7 @@ def test_priority(llm):
     assert set(finished[-4:]) <= {"0", "1", "2", "3", "4", "5", "6"} and "11" in finished[:8]
 
 
-def test_sleep_and_the_rest(llm):
+def test_sleep_and_the_rest(llm, tmp_path, monkeypatch):
     async def main():
         stream = llm.generate(PROMPTS[0], greedy(200), "b")
         await anext(stream)
@@ -191,9 +191,14 @@ def test_sleep_and_the_rest(llm):
         await llm.wake_up()
         assert await llm.reset_prefix_cache() and await llm.get_tokenizer() is None
         await llm.check_health()
-        return await collect(llm, PROMPTS[0], None, "a")
+        monkeypatch.setenv("JAXLLM_PROFILER_DIR", str(tmp_path))
+        await llm.start_profile()
+        outputs = await collect(llm, PROMPTS[0], None, "a")
+        await llm.stop_profile()
+        return outputs
 
     assert asyncio.run(main())[-1].finished
+    assert list(tmp_path.rglob("*.xplane.pb"))
 
 
 def test_shutdown_ends_requests_and_thread():

@@ -133,6 +133,8 @@ def test_score_is_the_cosine(embedder, monkeypatch):
     scores = [one.outputs.score for one in llm.score("a", list("abcde"), use_tqdm=False)]
     np.testing.assert_allclose(scores, expected, atol=2e-5)
     assert scores[0] == pytest.approx(1, abs=1e-5)
+    (one,) = llm.score("a", "b", pooling_params={"dimensions": 8}, use_tqdm=False)
+    assert one.outputs.score == pytest.approx(unit(hidden[0][-1][:8]) @ unit(hidden[1][-1][:8]), abs=1e-5)
     (one,) = llm.score("b", "a", use_tqdm=False)
     assert one.outputs.score == pytest.approx(scores[1], abs=1e-6)
     with pytest.raises(ValueError, match="data_1 has 2 texts and data_2 3"):
@@ -206,6 +208,8 @@ def test_a_reranker_scores_pairs(tmp_path, monkeypatch):
         with torch.no_grad():
             expected = torch.sigmoid(model(torch.tensor([ids])).logits[0, 0])
         assert output.outputs.score == pytest.approx(float(expected), abs=1e-5)
+    (raw,) = llm.score("two spaces", "a tab", pooling_params={"use_activation": False}, use_tqdm=False)
+    assert 1 / (1 + np.exp(-raw.outputs.score)) == pytest.approx(outputs[0].outputs.score, abs=1e-6)
 
 
 def test_what_a_model_cannot_do_is_refused():
