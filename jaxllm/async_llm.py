@@ -8,17 +8,22 @@ import queue
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import aclosing
 from typing import Any, TypeVar
 
+from jaxllm import profiling
 from jaxllm.config import EngineConfig
 from jaxllm.engine import LLMEngine, Prompt
 from jaxllm.loading import build_engine
 from jaxllm.metrics import Metric
-from jaxllm.outputs import RequestOutput
+from jaxllm.outputs import PoolingOutput, PoolingRequestOutput, RequestOutput
+from jaxllm.pooling import PoolingParams
 from jaxllm.prompts import refuse
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.sleep import check_sleep_mode
+from jaxllm.validation import missing_attribute
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +74,49 @@ class AsyncLLM:
           (aclose, break, cancellation) ends the request.
         """
         refuse(lora_request=lora_request)
+
+        def add(engine: LLMEngine) -> None:
+            params = SamplingParams(**engine.sampling_defaults) if sampling_params is None else sampling_params
+            engine.add_request(request_id, prompt, params, priority=priority)
+
+        async with aclosing(self._follow(request_id, add)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | Mapping[str, Any] | None,
+        request_id: str,
+        lora_request: None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
+        """Yields one output, of the array that `pooling_params.task` makes of the prompt (see LLM.encode).
+
+        Args:
+          pooling_params: without a task: what the model is for.
+          prompt, request_id, priority: as in `generate`.
+
+        Raises: as `generate` does. An aborted or failed request's output says so (`finish_reason`) and holds no array.
+        """
+        refuse(lora_request=lora_request)
+
+        def add(engine: LLMEngine) -> None:
+            params = PoolingParams.of(pooling_params, None, default=engine.pooling_task)
+            engine.add_pooling_request(request_id, engine.prepare_pooling(prompt, params), priority=priority)
+
+        async with aclosing(self._follow(request_id, add)) as outputs:
+            async for output in outputs:
+                output.outputs = PoolingOutput(output.outputs)
+                yield output
+
+    async def _follow(self, request_id: str, add: Callable[[LLMEngine], None]) -> AsyncGenerator[Any, None]:
+        """The outputs of the request that `add` queues; it ends if it is left before they have."""
         stream = _Stream(asyncio.get_running_loop())
         finished = False
         try:
-            await self._call(lambda: self._worker.add(stream, request_id, prompt, sampling_params, priority))
+            await self._call(lambda: self._worker.add(stream, request_id, add))
             while not finished:
                 output = await stream.get()
                 finished = output.finished
@@ -98,13 +142,24 @@ class AsyncLLM:
         await self._call(self._engine.reset_prefix_cache)
         return True
 
-    async def sleep(self, level: int = 1) -> None:
-        """As LLM.sleep. Raises RuntimeError while requests are unfinished."""
+    async def sleep(self, level: int = 1, mode: str | None = None) -> None:
+        """As LLM.sleep."""
+        check_sleep_mode(mode)
+        if mode == "abort":
+            await self._call(self._worker.abort_all)
         await self._call(lambda: self._engine.sleep(level))
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """As LLM.wake_up."""
         await self._call(lambda: self._engine.wake_up(tags))
+
+    async def start_profile(self) -> None:
+        """As LLM.start_profile."""
+        profiling.start(self._engine.config.profiler_dir)
+
+    async def stop_profile(self) -> None:
+        """As LLM.stop_profile."""
+        profiling.stop()
 
     async def is_sleeping(self) -> bool:
         return self._engine.is_sleeping
@@ -126,6 +181,9 @@ class AsyncLLM:
 
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.shutdown)
+
+    def __getattr__(self, name: str) -> Any:
+        raise missing_attribute(self, name)
 
     async def _call(self, function: Callable[[], ResultT]) -> ResultT:
         return await asyncio.wrap_future(self._worker.call(function))
@@ -189,20 +247,22 @@ class _Worker:
         """Ends the requests and the thread, and waits for it."""
         with self._lock:
             if not self._stopped:
-                self._jobs.put(lambda: self.abort(list(self._streams)))
+                self._jobs.put(self.abort_all)
                 self._stopped = True
         if self._thread is not threading.current_thread():
             self._thread.join()
 
     # --- in the thread
 
-    def add(self, stream: _Stream, request_id: str, prompt: Prompt, params: Any, priority: int) -> None:
-        params = SamplingParams(**self._engine.sampling_defaults) if params is None else params
-        self._engine.add_request(request_id, prompt, params, priority=priority)
+    def add(self, stream: _Stream, request_id: str, add: Callable[[LLMEngine], None]) -> None:
+        add(self._engine)
         self._streams[request_id] = stream
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
         self._deliver(self._engine.abort_request(request_ids))
+
+    def abort_all(self) -> None:
+        self.abort(list(self._streams))
 
     def leave(self, request_id: str, stream: _Stream) -> None:
         """Ends the request of a stream that nobody reads any more."""

@@ -21,12 +21,15 @@ _ALWAYS = None  # whatever the value, nothing is different
 # vLLM's arguments that are no fields here: the values that ask for nothing, and why others are refused.
 NOT_HONOURED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "allowed_local_media_path": ((None, ""), "models take text alone"),
+    "allowed_media_domains": ((None,), "models take text alone"),
+    "attention_config": ((None,), "the attention kernel is picked by device and shape"),
     "code_revision": ((None,), "no code of a checkpoint's model is run"),
     "compilation_config": ((None,), "shapes are compiled from max_num_seqs and max_num_batched_tokens"),
     "convert": (("auto", "none"), "an architecture is used as what it is"),
     "cpu_offload_gb": ((0,), "weights stay on the device"),
     "data_parallel_size": ((None, 1), "one device is used"),
     "device": ((None, "auto", "cuda"), "JAX_PLATFORMS chooses it"),
+    "disable_async_output_proc": (_ALWAYS, "async_scheduling says whether steps overlap"),
     "disable_custom_all_reduce": (_ALWAYS, "there is none"),
     "disable_log_requests": (_ALWAYS, "requests are not logged"),
     "disable_log_stats": (_ALWAYS, "statistics are not logged: LLM.get_metrics has them"),
@@ -34,21 +37,31 @@ NOT_HONOURED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "distributed_executor_backend": ((None,), "one device is used"),
     "enable_log_requests": ((None, False), "requests are not logged"),
     "enable_lora": ((None, False), "adapters are merged while loading: lora=folder"),
+    "enable_return_routed_experts": ((False,), "the experts that tokens were routed to are not returned"),
     "engine_use_ray": ((False,), "one process is used"),
     "guided_decoding_backend": ((None, "auto"), "there is one"),
     "hf_token": ((None,), "the environment's HF_TOKEN is used"),
     "limit_mm_per_prompt": ((None, {}), "models take text alone"),
     "logits_processors": ((None,), "they are a request's: SamplingParams(logits_processors=...)"),
+    "logprobs_mode": (("raw_logprobs",), "log probabilities are the model's own; a beam search's are processed"),
     "max_context_len_to_capture": (_ALWAYS, "no graphs are captured"),
     "max_log_len": (_ALWAYS, "requests are not logged"),
     "max_seq_len_to_capture": (_ALWAYS, "no graphs are captured"),
     "mm_processor_kwargs": ((None, {}), "models take text alone"),
+    "offload_group_size": ((0,), "weights stay on the device"),
+    "offload_num_in_group": ((1,), "weights stay on the device"),
+    "offload_params": ((None,), "weights stay on the device"),
+    "offload_prefetch_step": ((1,), "weights stay on the device"),
     "pipeline_parallel_size": ((1,), "one device is used"),
     "profiler_config": ((None,), "profiler_dir says where profiles go"),
     "quantization_config": ((None,), "quantization names a method, or the checkpoint says it"),
+    "return_sampling_mask": ((False,), "which tokens could have been sampled is not returned"),
     "rope_scaling": ((None,), 'hf_overrides={"rope_scaling": ...} replaces it'),
     "runner": (("auto", "generate", "pooling"), "an architecture is used as what it is"),
     "served_model_name": ((None,), "there is no server"),
+    "spec_method": ((None,), "there is no speculative decoding"),
+    "spec_model": ((None,), "there is no speculative decoding"),
+    "spec_tokens": ((None,), "there is no speculative decoding"),
     "speculative_config": ((None,), "there is no speculative decoding"),
     "speculative_model": ((None,), "there is no speculative decoding"),
     "structured_outputs_config": ((None,), "there is one backend"),
@@ -77,11 +90,17 @@ class EngineConfig:
     trust_remote_code: bool = option(False, "allow a checkpoint's own tokenizer code to run")
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     tokenizer_revision: str | None = option(None, "the same for the tokenizer")
+    chat_template: str | None = option(
+        None, "of LLM.chat: Jinja text, a file or the name of a format; none: the tokenizer's"
+    )
     download_dir: str | None = option(None, "where hub downloads are kept; none: the hub's own cache")
     load_format: str = option("auto", "auto: the checkpoint's weights; dummy: random ones", LOAD_FORMATS)
     hf_overrides: dict[str, Any] | None = option(None, "values that replace those of the checkpoint's config.json")
     generation_config: str = option(
         "auto", "auto: sampling defaults from generation_config.json; vllm: none from there", GENERATION_CONFIGS
+    )
+    override_generation_config: dict[str, Any] | None = option(
+        None, "values that replace those of the checkpoint's generation_config.json"
     )
     dtype: str = option("auto", "of weights and activations; auto: the checkpoint's on a GPU, float32 on a CPU", DTYPES)
     kv_cache_dtype: str = option(
@@ -142,8 +161,9 @@ class EngineConfig:
         utilization = self.gpu_memory_utilization
         if not (isinstance(utilization, int | float) and math.isfinite(utilization) and 0 < utilization <= 1):
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")
-        if not isinstance(self.hf_overrides, dict | None):
-            raise ValueError(f"hf_overrides must be a dict of config.json's keys, got {self.hf_overrides!r}")
+        for name, file in (("hf_overrides", "config"), ("override_generation_config", "generation_config")):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} must be a dict of {file}.json's keys, got {getattr(self, name)!r}")
         markers = self.reasoning_config
         if markers is not None and not (isinstance(markers, dict) and set(markers) == REASONING_MARKERS):
             raise ValueError(

@@ -22,9 +22,10 @@ from jaxllm.config import EngineConfig
 from jaxllm.logprobs import PromptLogprobs
 from jaxllm.metrics import EngineMetrics, Metric
 from jaxllm.outputs import PoolingRequestOutput, RequestMetrics, RequestOutput
-from jaxllm.pooling import PooledVector, PoolerConfig, PoolingParams, embedding, probabilities
+from jaxllm.pooling import PooledTokens, PooledVector, PoolerConfig, PoolingParams, embedding, probabilities
 from jaxllm.runner.logprobs import WHOLE_VOCABULARY
 from jaxllm.runner.model_runner import ModelRunner, RunnerResult
+from jaxllm.runner.pooling import Pooling
 from jaxllm.runner.sampler import SamplingSpec
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.sampling_specs import SamplingSpecs
@@ -85,7 +86,7 @@ class _Group:
 class _PoolingGroup(_Group):
     """A request for a vector of its prompt: one sequence, whose token nobody wants."""
 
-    vector: PooledVector | None = None
+    vector: PooledVector | PooledTokens | None = None
     finish: Callable[[np.ndarray], np.ndarray] | None = None
 
     def output(self) -> PoolingRequestOutput[Any]:
@@ -241,7 +242,7 @@ class LLMEngine:
             self._num_watched += self._is_watched(group, sequence)
 
     def prepare_pooling(self, prompt: Prompt, params: PoolingParams) -> PreparedPooling:
-        """Tokenizes and checks a request for an embedding or classes; `params.task` says which.
+        """Tokenizes and checks a request for embeddings or classes; `params.task` says which.
 
         Raises: ValueError or TypeError naming the field, the value and what is allowed.
         """
@@ -264,9 +265,9 @@ class LLMEngine:
         self._check_awake()
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is already in use")
-        ids, arrival, pooling = ready.prompt_token_ids, time.monotonic(), self._pooler.pooling
-        if ready.params.task == "classify":
-            pooling = "last"
+        ids, arrival = ready.prompt_token_ids, time.monotonic()
+        of_task: dict[str | None, Pooling] = {"classify": "last", "token_embed": "all"}
+        pooling = of_task.get(ready.params.task, self._pooler.pooling)
         request = Request(
             id=f"{request_id}/0",
             prompt=np.array(ids, np.int32),
@@ -282,7 +283,7 @@ class LLMEngine:
         unused = SamplingParams(max_tokens=1, detokenize=False)
         sequence = Sequence(request, 0, unused, None, None)
         logprobs = PromptLogprobs(unused, ids, lambda token: None)
-        vector = PooledVector(pooling, len(ids))
+        vector = PooledTokens() if pooling == "all" else PooledVector(pooling, len(ids))
         group = _PoolingGroup(
             request_id, ready.prompt, ids, unused, logprobs, [sequence], False, arrival,
             vector=vector, finish=lambda values: self._finish_vector(values, ready.params),
@@ -294,6 +295,11 @@ class LLMEngine:
     def num_labels(self) -> int:
         """Of a sequence classifier; 0 for a model that generates."""
         return self.runner.network.config.num_labels
+
+    @property
+    def pooling_task(self) -> str:
+        """What the model's vectors are for, where nobody says."""
+        return "classify" if self.num_labels else "embed"
 
     def _finish_vector(self, vector: np.ndarray, params: PoolingParams) -> np.ndarray:
         if params.task == "classify":
@@ -402,8 +408,8 @@ class LLMEngine:
         if group.finished:
             return True
         for sequence in group.sequences:
-            spec = self._specs.make(group.params, group.prompt_token_ids, 1, 0, group.stop_ids)
-            sequence.request.sampling = spec
+            sequence.request.sampling = sequence.request.sampling.fork()
+            sequence.request.skip_reading_prefix_cache = bool(group.params.skip_reading_prefix_cache)
         self._queue(group, time.monotonic())
         return True
 

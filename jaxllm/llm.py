@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import closing
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
+from jaxllm import profiling
 from jaxllm.config import EngineConfig
 from jaxllm.engine import LLMEngine, PreparedRequest, Prompt
 from jaxllm.interrupts import deferred_interrupt
@@ -33,8 +31,11 @@ from jaxllm.outputs import (
     ScoringRequestOutput,
 )
 from jaxllm.pooling import TASKS, PoolingParams
+from jaxllm.progress import Progress, ProgressBar
 from jaxllm.prompts import Message, as_conversations, as_prompts, refuse, with_token_ids
 from jaxllm.sampling_params import BeamSearchParams, SamplingParams
+from jaxllm.sleep import check_sleep_mode
+from jaxllm.validation import missing_attribute
 
 ResultT = TypeVar("ResultT")
 PoolingLike = PoolingParams | Mapping[str, Any]
@@ -60,11 +61,16 @@ class LLM:
         self.llm_engine: LLMEngine = build_engine(self.config, params)
         self._ids = itertools.count()
         self._inboxes: dict[str, deque[Any]] = {}  # of each request, its call's
+        self._enqueued: list[str] = []
+        self._enqueued_inbox: deque[Any] = deque()
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig) -> LLM:
         """An LLM of these settings (EngineArgs is another name of EngineConfig)."""
         return cls(**{one.name: getattr(engine_args, one.name) for one in dataclasses.fields(EngineConfig)})
+
+    def __getattr__(self, name: str) -> Any:
+        raise missing_attribute(self, name)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; None with skip_tokenizer_init."""
@@ -84,11 +90,12 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt] | None = None,
         sampling_params: ParamsLike | SequenceOf[ParamsLike] | None = None,
         prompt_token_ids: SequenceOf[int] | SequenceOf[SequenceOf[int]] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: Progress = True,
         lora_request: None = None,
         multi_modal_data: None = None,
         *,
         priority: SequenceOf[int] | None = None,
+        **refused: None,
     ) -> list[RequestOutput]:
         """Answers all prompts, batched as the engine sees fit; one RequestOutput a prompt, in order.
 
@@ -97,54 +104,121 @@ class LLM:
           sampling_params: one for all, or one a prompt; a dict of fields will do. None: get_default_sampling_params().
           prompt_token_ids: the form of vLLM 0.4: the tokens of one prompt or many, with or without their texts in
             `prompts`.
-          use_tqdm: a progress bar with input and output tokens per second.
-          lora_request, multi_modal_data: vLLM's; must be None.
+          use_tqdm: a progress bar with input and output tokens per second, or what makes one in tqdm's place.
+          lora_request, multi_modal_data, refused: vLLM's (jaxllm.prompts.refuse); must be None.
           priority: one a prompt, for scheduling_policy="priority"; lower is sooner.
 
         Raises: ValueError or TypeError for a bad prompt or parameter, before anything is computed. On Ctrl-C the call's
           requests are ended and KeyboardInterrupt is raised; the LLM stays usable.
         """
-        refuse(lora_request=lora_request, multi_modal_data=multi_modal_data)
+        refuse(lora_request=lora_request, multi_modal_data=multi_modal_data, **refused)
         prompts = with_token_ids(prompts, prompt_token_ids)
         return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: ParamsLike | SequenceOf[ParamsLike] | None = None,
+        lora_request: None = None,
+        priority: SequenceOf[int] | None = None,
+        use_tqdm: Progress = True,
+        **refused: None,
+    ) -> list[str]:
+        """Queues prompts without computing anything; their request ids. `wait_for_completion` answers them.
+
+        Arguments and errors are those of `generate`; queueing has no progress bar.
+        """
+        refuse(lora_request=lora_request, **refused)
+        return self._enqueue(self._add(prompts, sampling_params, priority, streaming=False))
+
+    def enqueue_chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: ParamsLike | SequenceOf[ParamsLike] | None = None,
+        use_tqdm: Progress = True,
+        lora_request: None = None,
+        *,
+        priority: SequenceOf[int] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Queues conversations, as `enqueue` does prompts; the other arguments are those of `chat`."""
+        prompts = self._chat_prompts(messages, lora_request=lora_request, **options)
+        return self._enqueue(self._add(prompts, sampling_params, priority, streaming=False))
+
+    def wait_for_completion(self, *, use_tqdm: Progress = True) -> list[RequestOutput]:
+        """Answers all that has been enqueued; one RequestOutput a prompt, in the order in which they were."""
+        ids, self._enqueued = self._enqueued, []
+        return self._finish(ids, use_tqdm)
+
+    def _enqueue(self, ids: list[str]) -> list[str]:
+        self._inboxes |= dict.fromkeys(ids, self._enqueued_inbox)
+        self._enqueued += ids
+        return ids
 
     def chat(
         self,
         messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
         sampling_params: ParamsLike | SequenceOf[ParamsLike] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: Progress = True,
+        lora_request: None = None,
         *,
         priority: SequenceOf[int] | None = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        **refused: None,
     ) -> list[RequestOutput]:
         """Answers conversations, one RequestOutput each, in order.
 
         Args:
           messages: one conversation or many: a list of {"role": ..., "content": ...}. Content is text, or a list of
             {"type": "text", "text": ...} parts, which are joined by newlines.
-          sampling_params, use_tqdm, priority: as in `generate`.
+          sampling_params, use_tqdm, lora_request, priority, refused: as in `generate`.
+          chat_template: None: the engine's `chat_template`, else the tokenizer's.
           chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs: as in
             jaxllm.tokenizer.Tokenizer.apply_chat_template.
+          chat_template_content_format: "auto" or "string", for templates are given text.
 
         Raises: ValueError or TypeError for messages that are not such, or do not fit the template; ValueError without a
           tokenizer.
         """
-        tokenizer = self.llm_engine.tokenizer
+        prompts = self._chat_prompts(
+            messages, chat_template, chat_template_content_format, add_generation_prompt, continue_final_message,
+            tools, chat_template_kwargs, lora_request=lora_request, **refused,
+        )  # fmt: skip
+        return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+
+    def _chat_prompts(
+        self,
+        messages: Any,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **refused: None,
+    ) -> list[Prompt]:
+        """Conversations as prompts with text and token ids."""
+        refuse(**refused)
+        if chat_template_content_format not in ("auto", "string"):
+            raise ValueError(
+                f'chat_template_content_format must be "auto" or "string", got {chat_template_content_format!r}'
+            )
+        tokenizer, template = self.llm_engine.tokenizer, chat_template or self.config.chat_template
         if tokenizer is None:
             raise ValueError("messages need a chat template, and the engine has no tokenizer (skip_tokenizer_init)")
         texts = [
             tokenizer.apply_chat_template(
-                one, tools, chat_template, add_generation_prompt, continue_final_message, **(chat_template_kwargs or {})
+                one, tools, template, add_generation_prompt, continue_final_message, **(chat_template_kwargs or {})
             )
             for one in as_conversations(messages)
         ]
         encoded = tokenizer.encode_all(texts, add_special_tokens=False)  # the template has written them
-        prompts = [{"prompt": text, "prompt_token_ids": ids} for text, ids in zip(texts, encoded, strict=True)]
-        return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+        return [{"prompt": text, "prompt_token_ids": ids} for text, ids in zip(texts, encoded, strict=True)]
 
     # --- vectors
 
@@ -153,7 +227,8 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt],
         pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: Progress = True,
+        **refused: None,
     ) -> list[EmbeddingRequestOutput]:
         """Each prompt's embedding, of the hidden states after the last norm.
 
@@ -161,7 +236,9 @@ class LLM:
           prompts: as in `generate`.
           pooling_params: one for all, or one a prompt; a dict of fields will do. How tokens become one vector, and
             whether it is normalized, is the engine's `pooler_config`, or what the checkpoint says.
+          use_tqdm, refused: as in `generate`.
         """
+        refuse(**refused)
         pooled = self._pool(prompts, pooling_params, "embed", use_tqdm)
         return [_with(EmbeddingRequestOutput, one, EmbeddingOutput(one.outputs.tolist())) for one in pooled]
 
@@ -170,9 +247,11 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt],
         pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: Progress = True,
+        **refused: None,
     ) -> list[ClassificationRequestOutput]:
         """Each prompt's class probabilities, by a sequence classifier; arguments as in `embed`."""
+        refuse(**refused)
         pooled = self._pool(prompts, pooling_params, "classify", use_tqdm)
         return [_with(ClassificationRequestOutput, one, ClassificationOutput(one.outputs.tolist())) for one in pooled]
 
@@ -181,57 +260,72 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt] | None = None,
         pooling_params: PoolingLike | SequenceOf[PoolingLike] | None = None,
         prompt_token_ids: SequenceOf[int] | SequenceOf[SequenceOf[int]] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: Progress = True,
         *,
         pooling_task: str | None = None,
+        **refused: None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """What `pooling_task`, "embed" or "classify", makes of each prompt, as an array; None: what the model is for.
+        """What `pooling_task` makes of each prompt, as an array.
 
-        The other arguments are as in `embed`; `prompt_token_ids` as in `generate`.
+        Args:
+          pooling_task: "embed" or "classify": f32[...] as of the methods of that name. "token_embed": f32[T, D], each
+            token's embedding. None: the task in `pooling_params`, else what the model is for.
+          prompt_token_ids: as in `generate`. The other arguments are as in `embed`.
         """
-        task = pooling_task or ("classify" if self.llm_engine.num_labels else "embed")
-        if task not in TASKS:
+        refuse(**refused)
+        if pooling_task not in (None, *TASKS):
             raise ValueError(f"pooling_task must be one of {', '.join(TASKS)}, got {pooling_task!r}")
+        task = pooling_task
         pooled = self._pool(with_token_ids(prompts, prompt_token_ids), pooling_params, task, use_tqdm)
         return [_with(PoolingRequestOutput, one, PoolingOutput(one.outputs)) for one in pooled]
 
     def score(
-        self, data_1: str | SequenceOf[str], data_2: str | SequenceOf[str], *, use_tqdm: bool = True
+        self,
+        data_1: str | SequenceOf[str],
+        data_2: str | SequenceOf[str],
+        *,
+        use_tqdm: Progress = True,
+        pooling_params: PoolingLike | None = None,
+        **refused: None,
     ) -> list[ScoringRequestOutput]:
         """How well texts go together, pair by pair; one text in `data_1` goes with each of `data_2`.
 
         A reranker (a sequence classifier with one label) is given both texts of a pair; of other models it is the
-        cosine of their embeddings.
+        cosine of their embeddings, whatever `pooling_params` says of their lengths.
 
         Raises: ValueError for lists of other lengths, or a classifier with more labels.
         """
+        refuse(**refused)
         first = [data_1] if isinstance(data_1, str) else list(data_1)
         second = [data_2] if isinstance(data_2, str) else list(data_2)
         first *= len(second) if len(first) == 1 else 1
         if len(first) != len(second):
             raise ValueError(f"data_1 has {len(first)} texts and data_2 {len(second)}: it must be 1 or as many")
         if self.llm_engine.num_labels:
-            return self._rerank(first, second, use_tqdm)
-        pooled = self._pool([*first, *second], PoolingParams(use_activation=True), "embed", use_tqdm)
+            return self._rerank(first, second, pooling_params, use_tqdm)
+        params = dataclasses.replace(PoolingParams.of(pooling_params, "embed"), use_activation=True)
+        pooled = self._pool([*first, *second], params, "embed", use_tqdm)
         pairs = zip(pooled[: len(first)], pooled[len(first) :], strict=True)
         return [_with(ScoringRequestOutput, a, ScoringOutput(float(a.outputs @ b.outputs))) for a, b in pairs]
 
-    def _rerank(self, first: list[str], second: list[str], use_tqdm: bool) -> list[ScoringRequestOutput]:
+    def _rerank(
+        self, first: list[str], second: list[str], params: PoolingLike | None, use_tqdm: Progress
+    ) -> list[ScoringRequestOutput]:
         engine = self.llm_engine
         if engine.num_labels != 1 or engine.tokenizer is None:
             raise ValueError(f"score needs a tokenizer and a classifier with 1 label, this has {engine.num_labels}")
         prompts = [{"prompt_token_ids": engine.tokenizer.encode_pair(a, b)} for a, b in zip(first, second, strict=True)]
-        pooled = self._pool(prompts, None, "classify", use_tqdm)
+        pooled = self._pool(prompts, params, "classify", use_tqdm)
         return [_with(ScoringRequestOutput, one, ScoringOutput(float(one.outputs[0]))) for one in pooled]
 
-    def _pool(self, prompts: Any, params: Any, task: str, use_tqdm: bool) -> list[PoolingRequestOutput[Any]]:
+    def _pool(self, prompts: Any, params: Any, task: str | None, use_tqdm: Progress) -> list[PoolingRequestOutput[Any]]:
         """One output a prompt, of a NumPy array f32[...]; all are checked before any is queued."""
         engine, prompts = self.llm_engine, self.llm_engine.tokenize(as_prompts(prompts))
         every = [params] * len(prompts) if isinstance(params, PoolingParams | Mapping | None) else list(params)
         if len(every) != len(prompts):
             raise ValueError(f"pooling_params has {len(every)} entries for {len(prompts)} prompts")
         ready = [
-            engine.prepare_pooling(prompt, PoolingParams.of(one, task))
+            engine.prepare_pooling(prompt, PoolingParams.of(one, task, default=engine.pooling_task))
             for prompt, one in zip(prompts, every, strict=True)
         ]
         ids = [str(next(self._ids)) for _ in ready]
@@ -250,10 +344,19 @@ class LLM:
         """What the engine has done so far and holds now: jaxllm.metrics objects under vLLM's names."""
         return self.llm_engine.get_metrics()
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets the KV of all earlier prompts. Returns True, as vLLM does when it has worked."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forgets the KV of all earlier prompts. Returns True, as vLLM does when it has worked.
+
+        Raises: ValueError unless vLLM's two arguments are False: running requests keep their KV.
+        """
+        for name, value in (("reset_running_requests", reset_running_requests), ("reset_connector", reset_connector)):
+            if value:
+                raise ValueError(f"{name} must be False, got {value!r}: running requests keep their KV")
         self.llm_engine.reset_prefix_cache()
         return True
+
+    def reset_mm_cache(self) -> None:
+        """Does nothing, for models take text alone: there is no such cache."""
 
     def apply_model(self, func: Callable[[Params], ResultT]) -> list[ResultT]:
         """`func` of the weights, a nested dict of arrays on the device; a list of its results, one a worker: of one.
@@ -264,16 +367,22 @@ class LLM:
             raise RuntimeError("the engine is asleep: call wake_up() before apply_model()")
         return [func(self.llm_engine.runner.params)]
 
-    def sleep(self, level: int = 1) -> None:
+    def sleep(self, level: int = 1, mode: str | None = None) -> None:
         """Frees the device's memory until `wake_up`: the KV pages, with the cached prefixes, and the weights.
 
         Args:
           level: 1 keeps the weights in host memory; 2 drops them, and `wake_up` reads the checkpoint again.
+          mode: "abort" ends unfinished requests (finish_reason "abort"); None: there must be none.
 
         The memory is free for other JAX work of this process; for other processes see jaxllm.sleep.
 
-        Raises: ValueError for another level, or level 2 with weights given as `params`.
+        Raises: ValueError for another level or mode, or level 2 with weights given as `params`; RuntimeError while
+          requests are unfinished.
         """
+        check_sleep_mode(mode)
+        if mode == "abort":
+            for output in self.llm_engine.abort_request(list(self._inboxes)):
+                self._inboxes[output.request_id].append(output)
         self.llm_engine.sleep(level)
 
     def wake_up(self, tags: SequenceOf[str] | None = None) -> None:
@@ -285,23 +394,16 @@ class LLM:
 
         Raises: ValueError if neither is set; RuntimeError if a profile is being taken already.
         """
-        import jax
-
-        folder = self.config.profiler_dir or os.environ.get("JAXLLM_PROFILER_DIR")
-        if not folder:
-            raise ValueError("no folder for profiles: set LLM(profiler_dir=...) or JAXLLM_PROFILER_DIR")
-        jax.profiler.start_trace(folder)
+        profiling.start(self.config.profiler_dir)
 
     def stop_profile(self) -> None:
         """Ends the recording and writes it. Raises RuntimeError if there is none."""
-        import jax
+        profiling.stop()
 
-        jax.profiler.stop_trace()
-
-    def _finish(self, ids: list[str], use_tqdm: bool) -> list[Any]:
+    def _finish(self, ids: list[str], use_tqdm: Progress) -> list[Any]:
         """The outputs of the given requests when all of them have finished."""
         finished: dict[str, RequestOutput] = {}
-        with _ProgressBar(len(ids), use_tqdm) as bar, closing(self._run(ids)) as outputs:
+        with ProgressBar(len(ids), use_tqdm) as bar, closing(self._run(ids)) as outputs:
             for output in outputs:
                 finished[output.request_id] = output
                 bar.update(output)
@@ -325,7 +427,7 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt],
         params: BeamSearchParams,
         lora_request: None = None,
-        use_tqdm: bool = False,
+        use_tqdm: Progress = False,
         concurrency_limit: int | None = None,
         priority: SequenceOf[int] | None = None,
     ) -> list[BeamSearchOutput]:
@@ -333,13 +435,12 @@ class LLM:
 
         Args:
           prompts, use_tqdm, priority: as in `generate`.
-          lora_request: None; adapters are merged while loading.
+          lora_request: must be None.
           concurrency_limit: at most so many prompts at a time; None: as the engine sees fit.
 
         Raises: as `generate` does.
         """
-        if lora_request is not None:
-            raise ValueError(f"lora_request must be None, got {lora_request!r}: load the adapter with LLM(lora=...)")
+        refuse(lora_request=lora_request)
         if concurrency_limit is not None and concurrency_limit < 1:
             raise ValueError(f"concurrency_limit must be None or at least 1, got {concurrency_limit}")
         prompts = as_prompts(prompts)
@@ -425,35 +526,6 @@ class LLM:
 
 def _with(kind: type, pooled: PoolingRequestOutput[Any], outputs: Any) -> Any:
     return kind(pooled.request_id, outputs, pooled.prompt_token_ids)
-
-
-class _ProgressBar:
-    """vLLM's bar: "Processed prompts", with input and output tokens per second."""
-
-    def __init__(self, total: int, enabled: bool) -> None:
-        self._bar = tqdm(
-            total=total,
-            desc="Processed prompts",
-            dynamic_ncols=True,
-            disable=not enabled,
-            postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s",
-        )
-        self._tokens_in = self._tokens_out = 0
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def update(self, output: RequestOutput | PoolingRequestOutput[Any]) -> None:
-        self._tokens_in += len(output.prompt_token_ids)
-        if isinstance(output, RequestOutput):
-            self._tokens_out += sum(len(one.token_ids) for one in output.outputs)
-        elapsed = self._bar.format_dict["elapsed"] or 1e-9
-        speed_in, speed_out = self._tokens_in / elapsed, self._tokens_out / elapsed
-        self._bar.postfix = f"est. speed input: {speed_in:.2f} toks/s, output: {speed_out:.2f} toks/s"
-        self._bar.update()
 
 
 _kept: tuple[dict[str, Any], LLM] | None = None

@@ -60,7 +60,8 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
         folder = DEFAULT_MODEL
     else:
         folder = find_folder(config.model, config.revision, config.download_dir)
-    return Checkpoint(folder, _read_json(folder / "config.json") | overrides, _read_generation_config(folder))
+    generation = _read_generation_config(folder) | (config.override_generation_config or {})
+    return Checkpoint(folder, _read_json(folder / "config.json") | overrides, generation)
 
 
 def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
@@ -102,7 +103,8 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     weights = load()
     loaded = time.perf_counter()
     runner = ModelRunner(network, weights, resolved, shrink_model_len=config.max_model_len is None)
-    defaults = sampling_defaults(checkpoint.generation) if config.generation_config == "auto" else {}
+    overrides = config.override_generation_config or {}
+    defaults = sampling_defaults(checkpoint.generation if config.generation_config == "auto" else overrides)
     reload = load if params is None else None
     del weights  # or sleep mode could not free them
     problem_type = checkpoint.config.get("problem_type")

@@ -14,7 +14,7 @@ import numpy as np
 from jaxllm.runner.pooling import Pooling
 from jaxllm.validation import check_known
 
-TASKS = ("embed", "classify")
+TASKS = ("embed", "classify", "token_embed")
 _POOLINGS: dict[str, Pooling] = {"MEAN": "mean", "LAST": "last", "CLS": "cls"}
 
 
@@ -23,7 +23,7 @@ class PoolingParams:
     """What a request for a vector wants, with vLLM's names.
 
     Attributes:
-      task: "embed" or "classify"; the methods of LLM set it.
+      task: "embed", "classify" or "token_embed"; the methods of LLM set it.
       dimensions: keep only the embedding's first so many numbers (Matryoshka embeddings); None: all.
       use_activation: normalize an embedding to length 1, or turn a class's scores into probabilities; None: as the
         engine's `pooler_config` or the checkpoint says, else yes.
@@ -47,17 +47,17 @@ class PoolingParams:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
     @classmethod
-    def of(cls, params: PoolingParams | Mapping[str, Any] | None, task: str) -> PoolingParams:
-        """`params`, or what a dict of fields or None makes, for a task.
+    def of(cls, params: PoolingParams | Mapping[str, Any] | None, task: str | None, default: str = "") -> PoolingParams:
+        """`params`, or what a dict of fields or None makes, for a task; for None its own, else the `default`.
 
         Raises: ValueError if it is for another task; TypeError for an unknown field.
         """
         if not isinstance(params, cls):
             check_known(params or {}, (one.name for one in dataclasses.fields(cls)), cls.__name__)
             params = cls(**(params or {}))
-        if params.task not in (None, task):
+        if task is not None and params.task not in (None, task):
             raise ValueError(f"pooling_params: task is {params.task!r}, but {task!r} was called")
-        return dataclasses.replace(params, task=task)
+        return dataclasses.replace(params, task=task or params.task or default)
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,27 @@ class PooledVector:
         return self._sum / self._divisor
 
 
-def embedding(vector: np.ndarray, params: PoolingParams, config: PoolerConfig) -> np.ndarray:
-    """f32[dimensions]: the first so many numbers of f32[D], of length 1 if that is wanted."""
-    vector = vector[: params.dimensions]
+class PooledTokens:
+    """A prompt's hidden states themselves, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    def take(self, start: int, part: np.ndarray) -> None:
+        """Takes in f32[count, D] of the chunk at `start`; from 0 it begins anew, as after a preemption."""
+        self._parts = [part] if start == 0 else [*self._parts, part]
+
+    @property
+    def value(self) -> np.ndarray:
+        """f32[T, D]."""
+        return np.concatenate(self._parts)
+
+
+def embedding(vectors: np.ndarray, params: PoolingParams, config: PoolerConfig) -> np.ndarray:
+    """f32[..., dimensions]: the first so many numbers of f32[..., D], of length 1 if that is wanted."""
+    vectors = vectors[..., : params.dimensions]
     wanted = config.use_activation if params.use_activation is None else params.use_activation
-    return vector / max(float(np.linalg.norm(vector)), 1e-12) if wanted else vector
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12) if wanted else vectors
 
 
 def probabilities(scores: np.ndarray, params: PoolingParams, config: PoolerConfig, problem_type: str | None) -> Any:

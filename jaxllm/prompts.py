@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from jaxllm.validation import check_known
+
 Message = dict[str, Any]
 
 
@@ -100,13 +102,18 @@ def _text_of(part: Any) -> str:
     return part["text"]
 
 
+_REFUSED = {
+    "lora_request": "adapters are merged while loading, LLM(lora=folder)",
+    "multi_modal_data": "this model takes text alone",
+    "mm_processor_kwargs": "this model takes text alone",
+    "tokenization_kwargs": "truncate_prompt_tokens is a field of SamplingParams and PoolingParams",
+}
+"""vLLM's arguments of requests that are not honoured, and why."""
+
+
 def refuse(**fields: Any) -> None:
-    """Raises ValueError for the first of vLLM's arguments that is given and not honoured."""
-    reasons = {
-        "lora_request": "adapters are merged while loading, LLM(lora=folder)",
-        "multi_modal_data": "this model takes text alone",
-        "mm_processor_kwargs": "this model takes text alone",
-    }
+    """Raises ValueError for one of vLLM's arguments that is given and not honoured, TypeError for an unknown one."""
+    check_known(fields, _REFUSED, "a request")
     for name, value in fields.items():
         if value is not None:
-            raise ValueError(f"{name} must be None, got {value!r:.100}: {reasons[name]}")
+            raise ValueError(f"{name} must be None, got {value!r:.100}: {_REFUSED[name]}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.runner.constraints import BadWords, FixedTokens, ThinkingBudget
+from jaxllm.runner.constraints import BadWords, Constraint, FixedTokens, ThinkingBudget
 from jaxllm.runner.controls import MAX_BIASED
 from jaxllm.runner.sampler import SamplingSpec
 from jaxllm.sampling_params import SamplingParams
-from jaxllm.structured_output import GrammarCompiler
+from jaxllm.structured_output import AfterReasoning, GrammarCompiler
 from jaxllm.tokenizer import Tokenizer
 
 
@@ -41,7 +40,7 @@ class SamplingSpecs:
                 f"reasoning_config to say how the reasoning begins and ends"
             )
         if params.structured_outputs is not None:
-            self._check_structure(params)
+            self._grammars.check(params.structured_outputs)
 
     def make(
         self, params: SamplingParams, prompt: Sequence[int], index: int, seed: int, stop_ids: Iterable[int]
@@ -69,10 +68,7 @@ class SamplingSpecs:
             allowed_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
             banned_ids=banned,
             bias=tuple((params.logit_bias or {}).items()),
-            constraints=(
-                *self._constraints(params, prompt, [word for word in words if len(word) > 1]),
-                *(self._structure(params, banned, stop_ids) if structured else ()),
-            ),
+            constraints=tuple(self._constraints(params, prompt, words, stop_ids)),
             logits_processors=tuple(params.logits_processors or ()),
             scores_prompt=scores_prompt and index == 0,
             first_scored=0 if params.prompt_logprobs is not None else params.prompt_logprob_start or 0,
@@ -86,35 +82,31 @@ class SamplingSpecs:
             return max(params.logprobs, 0)
         return 0 if params.logprob_token_ids or params.num_sequences > params.n or params.use_beam_search else -1
 
-    def _constraints(self, params: SamplingParams, prompt: Sequence[int], words: list[list[int]]) -> tuple[Any, ...]:
-        constraints: list[Any] = [BadWords(words, self._vocab_size)] if words else []
-        if params.thinking_token_budget is not None:
-            assert self._config.reasoning_config is not None
-            start, end = (
-                self._encode(self._config.reasoning_config[name])
-                for name in ("reasoning_start_str", "reasoning_end_str")
-            )
-            constraints.append(ThinkingBudget(prompt, start, end, params.thinking_token_budget, self._vocab_size))
-        return tuple(constraints)
-
-    def _structure(self, params: SamplingParams, banned: Sequence[int], stop_ids: frozenset[int]) -> Iterable[Any]:
-        """The constraints that make an answer what structured_outputs says."""
-        assert params.structured_outputs is not None
-        yield self._grammars.constraint(params.structured_outputs, params.min_tokens, stop_ids)
+    def _constraints(
+        self, params: SamplingParams, prompt: Sequence[int], words: list[list[int]], stop_ids: frozenset[int]
+    ) -> Iterable[Constraint]:
+        size = self._vocab_size
+        if sequences := [word for word in words if len(word) > 1]:
+            yield BadWords(sequences, size)
+        reasoning = self._reasoning(params, prompt)
+        if params.structured_outputs is None:
+            if reasoning is not None:
+                yield reasoning
+            return
+        structure = self._grammars.constraint(params.structured_outputs, params.min_tokens, stop_ids)
+        yield structure if reasoning is None else AfterReasoning(reasoning, structure, size)
+        banned = [word[0] for word in words if len(word) == 1]
         # The device heeds these too, but cannot tell that no token is left.
         if params.allowed_token_ids is not None or banned:
-            yield FixedTokens(params.allowed_token_ids, banned, self._vocab_size)
+            yield FixedTokens(params.allowed_token_ids, banned, size)
 
-    def _check_structure(self, params: SamplingParams) -> None:
-        assert params.structured_outputs is not None
-        if params.use_beam_search:
-            raise ValueError("structured_outputs must be None with use_beam_search=True")
-        if params.thinking_token_budget is not None:
-            raise ValueError(
-                f"thinking_token_budget={params.thinking_token_budget} must be None with structured_outputs: "
-                f"the closing marker is no part of the structure"
-            )
-        self._grammars.check(params.structured_outputs)
+    def _reasoning(self, params: SamplingParams, prompt: Sequence[int]) -> ThinkingBudget | None:
+        if params.thinking_token_budget is None:
+            return None
+        config = self._config.reasoning_config
+        assert config is not None
+        start, end = (self._encode(config[name]) for name in ("reasoning_start_str", "reasoning_end_str"))
+        return ThinkingBudget(prompt, start, end, params.thinking_token_budget, self._vocab_size)
 
     def _encode(self, text: str) -> list[int]:
         assert self._tokenizer is not None

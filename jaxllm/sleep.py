@@ -67,3 +67,9 @@ class SleepMode:
         if "kv_cache" in wanted & self.missing:
             self._runner.reset()
         self.missing -= wanted
+
+
+def check_sleep_mode(mode: str | None) -> None:
+    """Raises ValueError unless it is one of vLLM's that is honoured, or None."""
+    if mode not in (None, "abort"):
+        raise ValueError(f'mode must be "abort" (unfinished requests) or None (there are none), got {mode!r}')

@@ -9,14 +9,16 @@ A parser that knows the vocabulary's bytes is advanced by each token of the answ
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from jaxllm.runner.constraints import ThinkingBudget
 from jaxllm.runner.controls import bitmask
 from jaxllm.sampling_params import StructuredOutputsParams
 from jaxllm.tokenizer import Tokenizer
@@ -97,6 +99,9 @@ class GrammarConstraint:
 
     After an end token that does not end the request (ignore_eos, min_tokens) only end tokens follow: the text stays as
     it is.
+
+    Attributes:
+      not_ends: i32[V/32], the bits of all tokens but those that end an answer.
     """
 
     def __init__(
@@ -104,8 +109,18 @@ class GrammarConstraint:
     ) -> None:
         self._matcher, self._ends, self._min_tokens = matcher, frozenset(ends), min_tokens
         self._end_bits, self._stop_bits = bitmask(ends, vocab_size), bitmask(stops, vocab_size)
+        self.not_ends = ~self._end_bits
         self._read = 0  # tokens of the answer that the matcher has taken in
         self._ended = False
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
+
+    def begin_after(self, count: int) -> None:
+        """Leaves the answer's first `count` tokens out of the structure. Before any have been taken in."""
+        self._read = count
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray:
         """i32[V/32]. Raises ValueError for a token that was not allowed, or when the parser's limits are exceeded."""
@@ -126,7 +141,44 @@ class GrammarConstraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: len(self._end_bits)]
         if self._matcher.is_error():
             raise ValueError(f"structured_outputs: {_first_lines(self._matcher.get_error())}")
-        return bits | self._end_bits if self._matcher.is_accepting() else bits & ~self._end_bits
+        return bits | self._end_bits if self._matcher.is_accepting() else bits & self.not_ends
+
+
+class AfterReasoning:
+    """A constraint: reasoning within a budget, then a structure.
+
+    The reasoning is what the prompt has begun, or what follows an opening marker at the answer's beginning. (Where the
+    structure too may begin with the marker's first token, the token is the structure's.) The answer cannot end in it.
+    """
+
+    def __init__(self, reasoning: ThinkingBudget, structure: GrammarConstraint, vocab_size: int) -> None:
+        self._reasoning, self._structure, self._vocab_size = reasoning, structure, vocab_size
+        self._over = False  # or there was none
+
+    def mask(self, tokens: Sequence[int]) -> np.ndarray:
+        if not self._over:
+            allowed = self._reasoning.mask(tokens)
+            if not self._reasoning.closed:
+                if self._reasoning.thinking:
+                    return self._structure.not_ends if allowed is None else allowed
+                if (allowed := self._opening_mask(tokens)) is not None:
+                    return allowed
+            self._over = True
+            self._structure.begin_after(self._reasoning.closed)
+        return self._structure.mask(tokens)
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._reasoning, other._structure = self._reasoning.fork(), self._structure.fork()
+        return other
+
+    def _opening_mask(self, tokens: Sequence[int]) -> np.ndarray | None:
+        """What may follow while the answer may still begin with the opening marker; None: it does not."""
+        opening, allowed = self._reasoning.start, self._structure.mask([])
+        first = bitmask(opening[:1], self._vocab_size)
+        if list(tokens) != opening[: len(tokens)] or (allowed & first).any():
+            return None
+        return bitmask([opening[len(tokens)]], self._vocab_size) if tokens else allowed | first
 
 
 class _Vocabulary:

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxllm.models.chatglm import GlmForCausalLM
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.deepseek import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from jaxllm.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from jaxllm.models.gpt2 import GPT2LMHeadModel
 from jaxllm.models.layers.linear import Linear
@@ -23,6 +25,7 @@ from jaxllm.models.llama import (
     Qwen3ForCausalLM,
 )
 from jaxllm.models.mixtral import MixtralForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
+from jaxllm.models.opt import OPTForCausalLM
 
 
 def num_labels(config: Mapping[str, Any]) -> int:
@@ -68,9 +71,13 @@ def classifier(decoder: type) -> type:
     return Classifier
 
 
+DeepseekV2ForSequenceClassification = classifier(DeepseekV2ForCausalLM)
+DeepseekV3ForSequenceClassification = classifier(DeepseekV3ForCausalLM)
+GlmForSequenceClassification = classifier(GlmForCausalLM)
 LlamaForSequenceClassification = classifier(LlamaForCausalLM)
 MistralForSequenceClassification = classifier(MistralForCausalLM)
 MixtralForSequenceClassification = classifier(MixtralForCausalLM)
+OPTForSequenceClassification = classifier(OPTForCausalLM)
 Phi3ForSequenceClassification = classifier(Phi3ForCausalLM)
 Qwen2ForSequenceClassification = classifier(Qwen2ForCausalLM)
 Qwen2MoeForSequenceClassification = classifier(Qwen2MoeForCausalLM)

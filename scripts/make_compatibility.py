@@ -6,10 +6,10 @@ python scripts/make_compatibility.py
 import dataclasses
 import pathlib
 
-from jaxllm import LLM, EngineConfig, SamplingParams
+from jaxllm import LLM, AsyncLLM, EngineConfig
 from jaxllm.config import NOT_HONOURED
 from jaxllm.sampling_params import _GUIDED, _REFUSED, known_fields
-from jaxllm.sampling_specs import SamplingSpecs
+from jaxllm.validation import REFUSED_METHODS
 
 FILE = pathlib.Path(__file__).parent.parent / "docs" / "compatibility.md"
 
@@ -31,7 +31,7 @@ SAMPLING_FIELDS = words("""
 """)
 ENGINE_ARGUMENTS = words("""
     model tokenizer skip_tokenizer_init revision code_revision tokenizer_revision tokenizer_mode trust_remote_code
-    download_dir load_format dtype kv_cache_dtype max_model_len hf_overrides hf_token generation_config
+    chat_template download_dir load_format dtype kv_cache_dtype max_model_len hf_overrides hf_token generation_config
     override_generation_config distributed_executor_backend worker_use_ray pipeline_parallel_size tensor_parallel_size
     data_parallel_size block_size enable_prefix_caching disable_sliding_window use_v2_block_manager seed swap_space
     cpu_offload_gb gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override max_num_batched_tokens
@@ -41,29 +41,17 @@ ENGINE_ARGUMENTS = words("""
     long_prefill_token_threshold scheduling_policy async_scheduling num_scheduler_steps compilation_config
     served_model_name speculative_config speculative_model structured_outputs_config guided_decoding_backend
     reasoning_config runner convert task pooler_config profiler_config logits_processors limit_mm_per_prompt
-    mm_processor_kwargs allowed_local_media_path use_tqdm_on_load engine_use_ray
+    mm_processor_kwargs allowed_local_media_path allowed_media_domains use_tqdm_on_load engine_use_ray attention_config
+    disable_async_output_proc enable_return_routed_experts return_sampling_mask spec_method spec_model spec_tokens
+    offload_group_size offload_num_in_group offload_params offload_prefetch_step
 """)
 LLM_METHODS = words("""
     from_engine_args get_tokenizer set_tokenizer get_world_size get_default_sampling_params generate enqueue
     wait_for_completion chat enqueue_chat beam_search encode embed classify score collective_rpc apply_model
     start_profile stop_profile reset_prefix_cache reset_mm_cache sleep wake_up release_kv_cache_memory get_metrics
+    init_weight_transfer_engine shutdown_weight_transfer_engine start_weight_update start_draft_weight_update
+    update_weights finish_weight_update update_weight_version get_weight_version
 """)
-# What a request must hold for a check of a field that may be refused later than by SamplingParams itself.
-PROBES = {
-    "use_beam_search": dict(use_beam_search=True, best_of=2, temperature=0),
-    "length_penalty": dict(use_beam_search=True, best_of=2, temperature=0, length_penalty=2.0),
-    "early_stopping": dict(use_beam_search=True, best_of=2, temperature=0, early_stopping=True),
-    "structured_outputs": dict(structured_outputs={"regex": "a"}),
-}
-
-
-def is_for_later(name: str) -> bool:
-    """Whether a request with this field is refused as not supported yet."""
-    try:
-        SamplingSpecs(EngineConfig(), 32, None).check(SamplingParams(**PROBES.get(name, {})))
-    except ValueError as error:
-        return "not supported by this version" in str(error)
-    return False
 
 
 def sampling_state(name: str) -> str:
@@ -74,7 +62,7 @@ def sampling_state(name: str) -> str:
         return f"the older name of `structured_outputs`' `{_GUIDED[name]}`"
     if name not in set(known_fields()):
         return "refused"
-    return "later (refused)" if is_for_later(name) else "honoured"
+    return "honoured"
 
 
 def engine_state(name: str) -> str:
@@ -91,7 +79,12 @@ def engine_state(name: str) -> str:
 
 def method_state(name: str) -> str:
     method = getattr(LLM, name, None)
-    return "later" if method is None else method.__doc__.splitlines()[0]
+    return f"refused: {REFUSED_METHODS[name]}" if method is None else method.__doc__.splitlines()[0]
+
+
+def methods(owner: type) -> list[str]:
+    """Names of a class's public methods and properties, in the order of the code."""
+    return [name for name in vars(owner) if not name.startswith("_")]
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> list[str]:
@@ -112,6 +105,9 @@ def document() -> str:
         *table("LLM(...), EngineArgs, EngineConfig", [(name, engine_state(name)) for name in ENGINE_ARGUMENTS]),
         *table("Arguments of our own", [(name, engine_state(name)) for name in own]),
         *table("Methods of LLM", [(name, method_state(name)) for name in LLM_METHODS]),
+        "",
+        "Of our own: " + ", ".join(f"`{name}`" for name in methods(LLM) if name not in LLM_METHODS) + ".",
+        "`AsyncLLM` has " + ", ".join(f"`{name}`" for name in methods(AsyncLLM)) + ".",
         "",
     ]
     return "\n".join(lines)

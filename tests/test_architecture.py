@@ -129,6 +129,21 @@ def test_public_names():
         jaxllm.generat  # noqa: B018
 
 
+VLLM_NAMES = """
+    LLM SamplingParams PoolingParams ModelRegistry PromptType TextPrompt TokensPrompt RequestOutput CompletionOutput
+    PoolingOutput PoolingRequestOutput EmbeddingOutput EmbeddingRequestOutput ClassificationOutput
+    ClassificationRequestOutput ScoringOutput ScoringRequestOutput LLMEngine AsyncLLMEngine EngineArgs AsyncEngineArgs
+"""
+
+
+def test_vllm_s_public_names_and_module_paths():
+    import jaxllm
+    from jaxllm.entrypoints.llm import LLM
+
+    assert set(VLLM_NAMES.split()) <= set(jaxllm.__all__)
+    assert LLM is jaxllm.LLM
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_every_file_introduces_itself(module):
     source = MODULES[module].read_text()

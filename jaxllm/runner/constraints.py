@@ -6,10 +6,11 @@ what may follow (`Request.stepwise`). The device computes the step's forward pas
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -24,6 +25,10 @@ class Constraint(Protocol):
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
         """i32[V/32] with the bits of the tokens that may follow the answer `tokens`, which only grows; None: all."""
+        ...
+
+    def fork(self) -> Self:
+        """One for another answer that begins as this one does."""
         ...
 
 
@@ -41,6 +46,9 @@ class BadWords:
         ends = [word[-1] for word in self._words if list(tokens[-len(word) + 1 :]) == word[:-1]]
         return ~bitmask(ends, self._vocab_size) if ends else None
 
+    def fork(self) -> Self:
+        return self
+
 
 class ThinkingBudget:
     """Forces the closing reasoning marker, token by token, after `budget` tokens behind the opening one.
@@ -48,12 +56,17 @@ class ThinkingBudget:
     Args:
       prompt: the prompt's token ids, in which the reasoning may already have begun.
       start, end: the markers' token ids.
+
+    Attributes:
+      closed: of how many tokens the answer was when a closing marker first ended its reasoning; 0 if none has.
     """
+
+    closed = 0
 
     def __init__(
         self, prompt: Sequence[int], start: Sequence[int], end: Sequence[int], budget: int, vocab_size: int
     ) -> None:
-        self._start, self._end, self._budget, self._vocab_size = list(start), list(end), budget, vocab_size
+        self.start, self._end, self._budget, self._vocab_size = list(start), list(end), budget, vocab_size
         self._read = 0  # tokens of the answer that have been taken in
         self._forced = 0  # tokens of the closing marker that have been forced
         self._tail: list[int] = []
@@ -63,12 +76,20 @@ class ThinkingBudget:
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
         for token in tokens[self._read :]:
+            self._read += 1
             if self._exhausted:
                 self._force_next()
             else:
                 self._take(token)
-        self._read = len(tokens)
         return bitmask([self._end[self._forced]], self._vocab_size) if self._exhausted else None
+
+    def fork(self) -> Self:
+        return copy.copy(self)
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the tokens so far end inside of the reasoning."""
+        return self._thought is not None
 
     @property
     def _exhausted(self) -> bool:
@@ -77,13 +98,18 @@ class ThinkingBudget:
     def _force_next(self) -> None:
         self._forced += 1
         if self._forced == len(self._end):
-            self._thought, self._forced, self._tail = None, 0, []
+            self._forced, self._tail = 0, []
+            self._close()
+
+    def _close(self) -> None:
+        if self._thought is not None:
+            self._thought, self.closed = None, self.closed or self._read
 
     def _take(self, token: int) -> None:
-        self._tail = [*self._tail, token][-max(len(self._start), len(self._end)) :]
+        self._tail = [*self._tail, token][-max(len(self.start), len(self._end)) :]
         if self._tail[-len(self._end) :] == self._end:
-            self._thought = None
-        elif self._tail[-len(self._start) :] == self._start:
+            self._close()
+        elif self._tail[-len(self.start) :] == self.start:
             self._thought = 0
         elif self._thought is not None:
             self._thought += 1
@@ -103,14 +129,22 @@ class FixedTokens:
     def mask(self, tokens: Sequence[int]) -> np.ndarray:
         return self._mask
 
+    def fork(self) -> Self:
+        return self
 
-def combined_mask(constraints: Sequence[Constraint], tokens: Sequence[int]) -> np.ndarray | None:
-    """What all constraints allow after the answer `tokens`; None: everything. ValueError if they allow nothing."""
+
+def combined_mask(
+    constraints: Sequence[Constraint], tokens: Sequence[int], may_be_empty: bool = False
+) -> np.ndarray | None:
+    """What all constraints allow after the answer `tokens`; None: everything.
+
+    Raises: ValueError if they allow nothing, unless that `may_be_empty`.
+    """
     masks = [mask for one in constraints if (mask := one.mask(tokens)) is not None]
     if not masks:
         return None
     combined = np.bitwise_and.reduce(masks)
-    if not combined.any():
+    if not (may_be_empty or combined.any()):
         names = ", ".join(type(one).__name__ for one in constraints)
         raise ValueError(f"after {len(tokens)} tokens the request's constraints ({names}) leave no token")
     return combined

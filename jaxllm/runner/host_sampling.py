@@ -139,7 +139,9 @@ class HostSampling:
 
 
 def _mask_of(request: Request) -> np.ndarray | Exception | None:
+    spec = request.sampling
     try:
-        return combined_mask(request.sampling.constraints, request.output_token_ids)
+        # A beam that nothing may follow ends without a word: the search goes on with the others.
+        return combined_mask(spec.constraints, request.output_token_ids, may_be_empty=spec.processed_logprobs)
     except Exception as error:
         return error

@@ -12,20 +12,33 @@ import numpy as np
 from jaxllm.scheduling import StepPlan
 from jaxllm.scheduling.request import Request
 
-Pooling = Literal["mean", "last", "cls"]
+Pooling = Literal["mean", "last", "cls", "all"]  # "all": not one vector, but every token's
 
 
 class PooledRows:
-    """A step's pooled rows, fetched from the device when somebody looks."""
+    """A step's pooled rows, fetched from the device when somebody looks.
 
-    def __init__(self, rows: list[tuple[int, Request, int]], values: jax.Array) -> None:
-        self._rows, self._values = rows, values
+    Args:
+      rows: of each, the row, its request, where its chunk of the prompt began, and its tokens in the flat step.
+      sums: f32[S, D] (see `pool`). hidden: [T, D] of the step's tokens. Either is None if no row needs it.
+    """
+
+    def __init__(
+        self, rows: list[tuple[int, Request, int, slice]], sums: jax.Array | None, hidden: jax.Array | None
+    ) -> None:
+        self._rows, self._sums, self._hidden = rows, sums, hidden
 
     def __iter__(self) -> Iterator[tuple[Request, int, np.ndarray]]:
-        """Each request, where its chunk of the prompt began, and f32[D], the chunk's part of the sum (see `pool`)."""
-        values = np.asarray(self._values)
-        for row, request, start in self._rows:
-            yield request, start, values[row]
+        """Each request, where its chunk began, and the chunk's part: f32[D] of the sum, or f32[count, D] of "all"."""
+        sums = None if self._sums is None else np.asarray(self._sums)
+        hidden = None if self._hidden is None else np.asarray(self._hidden)
+        for row, request, start, tokens in self._rows:
+            if request.sampling.pooling == "all":
+                assert hidden is not None
+                yield request, start, hidden[tokens].astype(np.float32)
+            else:
+                assert sums is not None
+                yield request, start, sums[row]
 
 
 def pool(hidden: jax.Array, starts: jax.Array, stops: jax.Array) -> jax.Array:
@@ -46,19 +59,18 @@ _pool = jax.jit(pool)  # compiled for a shape when a request that wants it first
 def submit(plan: StepPlan, pooled: np.ndarray, hidden: jax.Array, num_rows: int) -> PooledRows:
     """Hands the pooling of the `pooled` rows to the device; hidden [T, D] are the step's, of `num_rows` padded rows."""
     starts, stops = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
-    offsets = np.cumsum(plan.num_tokens) - plan.num_tokens
+    ends = np.cumsum(plan.num_tokens)
     rows = []
     for row in pooled.tolist():
-        request, offset, count, first = (
-            plan.requests[row],
-            int(offsets[row]),
-            int(plan.num_tokens[row]),
-            plan.starts[row],
-        )
-        start, stop = span(request.sampling.pooling, int(first), count, request.prompt_len)
-        starts[row], stops[row] = offset + start, offset + stop
-        rows.append((row, request, int(first)))
-    return PooledRows(rows, _pool(hidden, starts, stops))
+        request, first, count = plan.requests[row], int(plan.starts[row]), int(plan.num_tokens[row])
+        offset = int(ends[row]) - count
+        rows.append((row, request, first, slice(offset, offset + count)))
+        if request.sampling.pooling != "all":
+            start, stop = span(request.sampling.pooling, first, count, request.prompt_len)
+            starts[row], stops[row] = offset + start, offset + stop
+    all_of = [request.sampling.pooling == "all" for _, request, _, _ in rows]
+    sums = None if all(all_of) else _pool(hidden, starts, stops)
+    return PooledRows(rows, sums, hidden if any(all_of) else None)
 
 
 def span(pooling: Pooling, first: int, count: int, prompt_len: int) -> tuple[int, int]:

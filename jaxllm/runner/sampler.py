@@ -4,8 +4,10 @@ A row's draw depends on its seed and on the position of the token it draws, on n
 the prompt was chunked, or on whether the request was preempted.
 """
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -80,6 +82,10 @@ class SamplingSpec:
     first_scored: int = 0
     prompt_logprob_ids: tuple[int, ...] = ()
     pooling: str | None = None
+
+    def fork(self) -> "SamplingSpec":
+        """The spec of another answer that begins as this one does, and whose prompt has been scored."""
+        return replace(self, scores_prompt=False, constraints=tuple(one.fork() for one in self.constraints))
 
     @property
     def level(self) -> Level:
@@ -240,18 +246,32 @@ def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 def _keep_largest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     """Drops all logits below the largest threshold t for which the weights of {logit >= t} add up to `target` [S].
 
-    The threshold is found bit by bit in the logits' order-preserving integer form: exact, 32 passes over [S, V] and no
-    sort.
+    The threshold is exact, and nothing is sorted: it is searched in the logits' order-preserving integer form.
     """
     keys = _ordered_bits(logits)
-
-    def set_bit(i, threshold):
-        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        reached = jnp.sum(jnp.where(keys >= candidate[:, None], weights, 0.0), axis=-1) >= target
-        return jnp.where(reached, candidate, threshold)
-
-    threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(len(logits), jnp.uint32))
+    # A GPU's pass costs its launches and its reading of [S, V], a CPU's pass its comparisons.
+    threshold = jax.lax.platform_dependent(
+        keys, weights, target, cpu=partial(_search, bits=1), default=partial(_search, bits=4)
+    )
     return jnp.where(keys >= threshold[:, None], logits, -jnp.inf)
+
+
+def _search(keys: jax.Array, weights: jax.Array, target: jax.Array, bits: int) -> jax.Array:
+    """The largest u32[S] for which the weights of {keys >= it}, both [S, V], add up to `target` [S]; 0 if none does.
+
+    From the highest bit down, `bits` (a divisor of 32) in a pass: all 2**bits - 1 candidates' sums are one reduction.
+    """
+    count = 2**bits - 1
+
+    def refine(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
+        candidates = [threshold | (jnp.uint32(digit) << shift) for digit in range(1, count + 1)]
+        kept = tuple(jnp.where(keys >= one[:, None], weights, 0.0) for one in candidates)
+        sums = jax.lax.reduce(kept, (np.float32(0),) * count, lambda a, b: tuple(map(operator.add, a, b)), (1,))
+        digit = sum((one >= target).astype(jnp.uint32) for one in sums)  # the sums fall from one to the next
+        return threshold | (digit << shift)
+
+    return jax.lax.fori_loop(0, 32 // bits, refine, jnp.zeros(len(keys), jnp.uint32))
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:

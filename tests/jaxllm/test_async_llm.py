@@ -4,9 +4,10 @@ import asyncio
 import gc
 import threading
 
+import numpy as np
 import pytest
 
-from jaxllm import EngineConfig, SamplingParams
+from jaxllm import EngineConfig, PoolingParams, SamplingParams
 from jaxllm.async_llm import AsyncLLM, EngineDead
 from jaxllm.models import testing
 from jaxllm.models.testing import continuation
@@ -63,6 +64,38 @@ def test_requests_at_once_each_with_its_partial_outputs(llm):
         assert all(output.outputs[0].token_ids == expected[: i + 1] for i, output in enumerate(outputs))
         assert [output.finished for output in outputs] == [False] * 11 + [True]
     assert seen != sorted(seen)  # they took turns
+
+
+def test_vectors_beside_answers(llm):
+    async def vectors(params, name) -> list:
+        return [output async for output in llm.encode(PROMPTS[2], params, name)]
+
+    async def main():
+        mine = asyncio.gather(vectors(None, "a"), vectors({"task": "token_embed"}, "b"))
+        outputs = await collect(llm, PROMPTS[0], greedy(), "c")
+        with pytest.raises(ValueError, match="has no classes"):
+            await vectors(PoolingParams(task="classify"), "d")
+        return outputs, *await mine
+
+    outputs, (one,), (tokens,) = asyncio.run(main())
+    assert outputs[-1].outputs[0].token_ids == continuation(PROMPTS[0], 12)
+    assert one.finished and one.request_id == "a" and tokens.outputs.data.shape[0] == len(PROMPTS[2]) == 40
+    np.testing.assert_allclose(one.outputs.data, tokens.outputs.data[-1], atol=1e-6)
+
+
+def test_leaving_before_the_vector_is_there(llm):
+    async def main():
+        stream = llm.encode(PROMPTS[2], None, "a")
+        task = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await llm.check_health()
+        (output,) = [output async for output in llm.encode(PROMPTS[2], None, "a")]
+        assert output.finished and output.finish_reason == "stop"
+
+    asyncio.run(main())
 
 
 def test_deltas_and_final_outputs(llm):
@@ -144,18 +177,28 @@ def test_priority(llm):
     assert set(finished[-4:]) <= {"0", "1", "2", "3", "4", "5", "6"} and "11" in finished[:8]
 
 
-def test_sleep_and_the_rest(llm):
+def test_sleep_and_the_rest(llm, tmp_path, monkeypatch):
     async def main():
-        await llm.sleep()
+        stream = llm.generate(PROMPTS[0], greedy(200), "b")
+        await anext(stream)
+        with pytest.raises(RuntimeError, match="1 unfinished"):
+            await llm.sleep()
+        await llm.sleep(mode="abort")
+        assert [output async for output in stream][-1].outputs[0].finish_reason == "abort"
         assert await llm.is_sleeping()
         with pytest.raises(RuntimeError, match="asleep"):
             await collect(llm, PROMPTS[0], greedy(), "a")
         await llm.wake_up()
         assert await llm.reset_prefix_cache() and await llm.get_tokenizer() is None
         await llm.check_health()
-        return await collect(llm, PROMPTS[0], None, "a")
+        monkeypatch.setenv("JAXLLM_PROFILER_DIR", str(tmp_path))
+        await llm.start_profile()
+        outputs = await collect(llm, PROMPTS[0], None, "a")
+        await llm.stop_profile()
+        return outputs
 
     assert asyncio.run(main())[-1].finished
+    assert list(tmp_path.rglob("*.xplane.pb"))
 
 
 def test_shutdown_ends_requests_and_thread():

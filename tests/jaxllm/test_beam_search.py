@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-import jaxllm
 from jaxllm import BeamSearchParams, SamplingParams
 from jaxllm.beam_search import BeamSearch, num_candidates
 from jaxllm.models.testing import continuation
@@ -305,36 +304,29 @@ def test_what_the_engine_refuses(llm):
 # --- with text
 
 
-@pytest.fixture(scope="module")
-def text_llm():
-    return jaxllm.LLM(
-        max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, enforce_eager=True, use_tqdm_on_load=False
-    )
-
-
-def test_stop_strings_end_beams(text_llm):
-    free = text_llm.generate("Once upon a time", beam_params(4, max_tokens=16), use_tqdm=False)[0]
+def test_stop_strings_end_beams(default_llm):
+    free = default_llm.generate("Once upon a time", beam_params(4, max_tokens=16), use_tqdm=False)[0]
     words = free.outputs[0].text.split()
     assert len(words) > 4
     stop = words[3]
-    output = text_llm.generate("Once upon a time", beam_params(4, max_tokens=16, stop=stop), use_tqdm=False)[0]
+    output = default_llm.generate("Once upon a time", beam_params(4, max_tokens=16, stop=stop), use_tqdm=False)[0]
     stopped = [one for one in output.outputs if one.stop_reason == stop]
     assert stopped and all(stop not in one.text and one.finish_reason == "stop" for one in stopped)
-    tokenizer = text_llm.get_tokenizer()
+    tokenizer = default_llm.get_tokenizer()
     for one in output.outputs:
         assert stop not in one.text
         assert (tokenizer.decode(one.token_ids).split(stop)[0]).strip() == one.text.strip()
 
 
-def test_text_of_the_method(text_llm):
+def test_text_of_the_method(default_llm):
     params = BeamSearchParams(beam_width=3, max_tokens=8)
-    for one in text_llm.beam_search(["Once upon a time"], params)[0].sequences:
-        assert one.text == text_llm.get_tokenizer().decode(one.tokens, skip_special_tokens=True)
+    for one in default_llm.beam_search(["Once upon a time"], params)[0].sequences:
+        assert one.text == default_llm.get_tokenizer().decode(one.tokens, skip_special_tokens=True)
         assert one.text.startswith("Once upon a time")
 
 
-def test_a_streams_text_grows_with_its_beam(text_llm):
-    for output in text_llm.stream("Once upon a time", beam_params(3, max_tokens=10, detokenize=True)):
+def test_a_streams_text_grows_with_its_beam(default_llm):
+    for output in default_llm.stream("Once upon a time", beam_params(3, max_tokens=10, detokenize=True)):
         for one in output.outputs:
-            whole = text_llm.get_tokenizer().decode(one.token_ids)
+            whole = default_llm.get_tokenizer().decode(one.token_ids)
             assert whole.strip().startswith(one.text.strip())

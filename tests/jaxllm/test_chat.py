@@ -1,5 +1,7 @@
 """LLM.chat: what the model is given is what the chat template says, token for token."""
 
+import dataclasses
+
 import pytest
 
 from jaxllm import SamplingParams
@@ -23,6 +25,16 @@ def test_the_template_writes_the_prompt(default_llm):
     assert output.prompt_token_ids == tokenizer.encode(output.prompt, add_special_tokens=False)
     same = default_llm.generate({"prompt_token_ids": output.prompt_token_ids}, GREEDY, use_tqdm=False)[0]
     assert same.outputs[0].text == output.outputs[0].text
+
+
+def test_the_engine_s_own_template(default_llm, monkeypatch):
+    config = dataclasses.replace(default_llm.config, chat_template="{{ messages[0].content }}")
+    monkeypatch.setattr(default_llm, "config", config)
+    assert chat(default_llm, CONVERSATION, chat_template=None)[0].prompt == "Be brief."
+    assert chat(default_llm, CONVERSATION)[0].prompt.endswith("<a>")
+    default_llm.enqueue_chat([CONVERSATION, CONVERSATION], GREEDY, chat_template=TEMPLATE)
+    outputs = default_llm.wait_for_completion(use_tqdm=False)
+    assert [output.prompt for output in outputs] == [chat(default_llm, CONVERSATION)[0].prompt] * 2
 
 
 def test_options_reach_the_template(default_llm):

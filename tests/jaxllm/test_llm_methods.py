@@ -1,13 +1,17 @@
 """What an LLM can do besides answering: metrics, prefix cache, profiles, functions of its weights, sleep mode."""
 
+import io
+
 import jax
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import jaxllm
 from jaxllm import LLM, EngineConfig, SamplingParams
 from jaxllm.metrics import Counter, Gauge, Histogram
 from jaxllm.models import testing
+from jaxllm.models.testing import continuation
 from tests.jaxllm.conftest import make_sum_llm
 
 PROMPT = [5, 6, 7] * 20
@@ -69,6 +73,52 @@ def test_reset_prefix_cache(llm):
     assert cached() == 0
 
 
+def test_what_is_enqueued_is_answered_when_it_is_waited_for(llm):
+    first = llm.enqueue([PROMPT, [4, 5]], greedy(5))
+    assert llm.llm_engine.num_unfinished_requests == 2
+    assert llm.generate(PROMPT[:9], greedy(30), use_tqdm=False)[0].outputs[0].token_ids == continuation(PROMPT[:9], 30)
+    second = llm.enqueue({"prompt_token_ids": [8]}, [greedy(3)])
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    assert [output.request_id for output in outputs] == [*first, *second] and not llm._inboxes
+    for output, prompt, count in zip(outputs, (PROMPT, [4, 5], [8]), (5, 5, 3), strict=True):
+        assert output.finished and output.outputs[0].token_ids == continuation(prompt, count)
+    assert llm.wait_for_completion() == []
+
+
+def test_methods_that_there_are_none_of_are_named(llm):
+    with pytest.raises(AttributeError, match=r"'LLM' object has no attribute 'collective_rpc': .*apply_model"):
+        llm.collective_rpc("f")
+    with pytest.raises(AttributeError, match=r"'LLM' object has no attribute 'genrate'$"):
+        _ = llm.genrate
+    assert not hasattr(llm, "update_weights") and llm.reset_mm_cache() is None
+    with pytest.raises(ValueError, match="reset_running_requests must be False, got True"):
+        llm.reset_prefix_cache(reset_running_requests=True)
+
+
+def test_arguments_that_are_not_honoured_are_named(llm):
+    assert llm.generate([1], greedy(1), use_tqdm=False, tokenization_kwargs=None)
+    with pytest.raises(ValueError, match=r"tokenization_kwargs must be None, got \{'a': 1\}"):
+        llm.generate([1], greedy(1), tokenization_kwargs={"a": 1})
+    with pytest.raises(TypeError, match="no field 'tokenisation_kwargs': did you mean 'tokenization_kwargs'"):
+        llm.enqueue([1], greedy(1), tokenisation_kwargs=None)
+    with pytest.raises(ValueError, match="lora_request must be None"):
+        llm.chat([{"role": "user", "content": "Hello"}], lora_request="adapter")
+    with pytest.raises(ValueError, match='chat_template_content_format must be "auto" or "string", got \'openai\''):
+        llm.chat([{"role": "user", "content": "Hello"}], chat_template_content_format="openai")
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_a_bar_of_the_caller_s_own(llm):
+    made = []
+
+    def bar(**options):
+        made.append(tqdm(**options | {"file": io.StringIO()}))
+        return made[0]
+
+    llm.generate([PROMPT, PROMPT], greedy(1), use_tqdm=bar)
+    assert made[0].n == made[0].total == 2
+
+
 def test_apply_model_returns_what_the_function_returns(llm):
     (count,) = llm.apply_model(lambda params: sum(x.size for x in jax.tree.leaves(params)))
     assert count == sum(np.prod(spec.shape) for spec in llm.llm_engine.runner.network.specs.values())
@@ -107,7 +157,11 @@ def test_sleep_refuses_what_it_cannot_do(llm):
     next(stream)
     with pytest.raises(RuntimeError, match="1 unfinished"):
         llm.sleep()
-    stream.close()
+    with pytest.raises(ValueError, match=r"mode must be .abort.* got 'keep'"):
+        llm.sleep(mode="keep")
+    llm.sleep(mode="abort")
+    assert [*stream][-1].outputs[0].finish_reason == "abort"
+    llm.wake_up()
     (params,) = llm.apply_model(dict)
     fields = dict(dtype="float32", max_model_len=64, enforce_eager=True, num_gpu_blocks_override=8)
     in_memory = LLM(testing.config_dict(), params=params, **fields)

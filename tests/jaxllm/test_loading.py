@@ -294,6 +294,21 @@ def test_generation_config_gives_the_defaults(generation, expected):
     assert sampling_defaults(generation) == expected
 
 
+def test_generation_config_can_be_overridden(tmp_path):
+    model = str(sum_folder(tmp_path, {"temperature": 0.5, "top_k": 3}))
+    overrides = {"temperature": 0.25, "eos_token_id": 9}
+    options = dict(load_format="dummy", override_generation_config=overrides, enforce_eager=True, **IDS)
+    llm = LLM(model, **options)
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.25, top_k=3)
+    assert 9 in llm.llm_engine.eos_token_ids
+    llm = LLM(model, generation_config="vllm", **options)
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.25)
+    with pytest.raises(
+        ValueError, match=r"override_generation_config must be a dict of generation_config\.json's keys"
+    ):
+        LLM(model, override_generation_config=["top_k"], **IDS)
+
+
 def test_generation_config_can_be_left_out(tmp_path):
     model = sum_folder(tmp_path, {"do_sample": False, "max_new_tokens": 3})
     llm = LLM(model, load_format="dummy", generation_config="vllm", **IDS)

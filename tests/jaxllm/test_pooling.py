@@ -80,6 +80,19 @@ def test_embeddings_are_transformers(embedder, monkeypatch, pooling, reference):
     np.testing.assert_allclose(short.outputs.embedding, unit(reference(hidden[1])[:8]), atol=2e-5)
 
 
+def test_each_token_s_embedding(embedder):
+    """In chunks, beside prompts that become one vector."""
+    llm, hidden = embedder
+    mean = llm.llm_engine.prepare_pooling(prompts()[4], PoolingParams(task="embed"))
+    llm.llm_engine.add_pooling_request("one vector", mean)
+    outputs = llm.encode(prompts(), {"use_activation": False}, use_tqdm=False, pooling_task="token_embed")
+    for output, states in zip(outputs, hidden, strict=True):
+        assert output.outputs.data.dtype == np.float32
+        np.testing.assert_allclose(output.outputs.data, states, atol=2e-5)
+    normal = llm.encode(prompts()[2], PoolingParams(task="token_embed", dimensions=8), use_tqdm=False)[0].outputs.data
+    np.testing.assert_allclose(normal, [unit(one[:8]) for one in hidden[2]], atol=2e-5)
+
+
 def test_embeddings_beside_generation(embedder):
     llm, hidden = embedder
     greedy = SamplingParams(temperature=0, max_tokens=20)
@@ -93,18 +106,23 @@ def test_embeddings_beside_generation(embedder):
     llm.llm_engine.scheduler.check()
 
 
-def test_a_preempted_prompt_is_pooled_once(embedder, monkeypatch, tmp_path):
-    """Fewer pages than the prompts need: some give theirs up in the middle and begin again."""
+@pytest.mark.parametrize("task", ["embed", "token_embed"])
+def test_a_preempted_prompt_is_pooled_once(embedder, task):
+    """An answer grows into the pages that the prompt needs: it gives its own up in the middle and begins again."""
     llm, hidden = embedder
     tight = LLM(
         llm.config.model, skip_tokenizer_init=True, use_tqdm_on_load=False,
-        **ENGINE | dict(num_gpu_blocks_override=16, pooler_config={"pooling_type": "MEAN", "normalize": False}),
+        **ENGINE | dict(num_gpu_blocks_override=12, max_model_len=48, async_scheduling=False, num_scheduler_steps=1),
     )  # fmt: skip
-    tight.llm_engine.add_request("a", prompts()[0], SamplingParams(temperature=0, max_tokens=50))
-    tight.llm_engine.step()
-    outputs = tight.embed([prompts()[2]] * 2, use_tqdm=False)
-    for output in outputs:
-        np.testing.assert_allclose(output.outputs.embedding, hidden[2].mean(0), atol=2e-5)
+    expected = hidden[2] if task == "token_embed" else hidden[2][-1]
+    for steps in range(1, 9):
+        tight.llm_engine.add_request("a", prompts()[0], SamplingParams(temperature=0, max_tokens=40))
+        for _ in range(steps):
+            tight.llm_engine.step()
+        (output,) = tight.encode(prompts()[2], {"use_activation": False}, pooling_task=task, use_tqdm=False)
+        np.testing.assert_allclose(output.outputs.data, expected, atol=2e-5)
+        tight.llm_engine.abort_request("a")
+    assert tight.llm_engine.scheduler.num_preemptions > 0
 
 
 def test_score_is_the_cosine(embedder, monkeypatch):
@@ -115,6 +133,8 @@ def test_score_is_the_cosine(embedder, monkeypatch):
     scores = [one.outputs.score for one in llm.score("a", list("abcde"), use_tqdm=False)]
     np.testing.assert_allclose(scores, expected, atol=2e-5)
     assert scores[0] == pytest.approx(1, abs=1e-5)
+    (one,) = llm.score("a", "b", pooling_params={"dimensions": 8}, use_tqdm=False)
+    assert one.outputs.score == pytest.approx(unit(hidden[0][-1][:8]) @ unit(hidden[1][-1][:8]), abs=1e-5)
     (one,) = llm.score("b", "a", use_tqdm=False)
     assert one.outputs.score == pytest.approx(scores[1], abs=1e-6)
     with pytest.raises(ValueError, match="data_1 has 2 texts and data_2 3"):
@@ -122,6 +142,10 @@ def test_score_is_the_cosine(embedder, monkeypatch):
 
 
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, decoder_sparse_step=1)
+DEEPSEEK = dict(
+    num_key_value_heads=4, first_k_dense_replace=1, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+    kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+)  # fmt: skip
 FAMILIES = {
     "Llama": {},
     "Qwen2": {},
@@ -133,6 +157,10 @@ FAMILIES = {
     "Mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "Qwen2Moe": dict(num_experts=4, **MOE),
     "Qwen3Moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1),
+    "OPT": dict(num_key_value_heads=4, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "Glm": dict(partial_rotary_factor=0.5),
+    "DeepseekV2": dict(**DEEPSEEK, q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy"),
+    "DeepseekV3": dict(**DEEPSEEK, q_lora_rank=16, n_group=2, topk_group=1, scoring_func="sigmoid", head_dim=4),
     "Gemma3Text": dict(query_pre_attn_scalar=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
 }
 SLOW = set(FAMILIES) - {"Llama", "Qwen2", "Gemma2"}
@@ -180,6 +208,8 @@ def test_a_reranker_scores_pairs(tmp_path, monkeypatch):
         with torch.no_grad():
             expected = torch.sigmoid(model(torch.tensor([ids])).logits[0, 0])
         assert output.outputs.score == pytest.approx(float(expected), abs=1e-5)
+    (raw,) = llm.score("two spaces", "a tab", pooling_params={"use_activation": False}, use_tqdm=False)
+    assert 1 / (1 + np.exp(-raw.outputs.score)) == pytest.approx(outputs[0].outputs.score, abs=1e-6)
 
 
 def test_what_a_model_cannot_do_is_refused():
@@ -190,12 +220,16 @@ def test_what_a_model_cannot_do_is_refused():
         llm.embed([1, 2], {"dimensions": 1000})
     with pytest.raises(ValueError, match="task is 'classify', but 'embed' was called"):
         llm.embed([1, 2], PoolingParams(task="classify"))
-    with pytest.raises(ValueError, match="pooling_task must be one of embed, classify, got 'token_embed'"):
-        llm.encode([1, 2], pooling_task="token_embed")
+    with pytest.raises(
+        ValueError, match="pooling_task must be one of embed, classify, token_embed, got 'token_classify'"
+    ):
+        llm.encode([1, 2], pooling_task="token_classify")
     with pytest.raises(TypeError, match="did you mean 'dimensions'"):
         llm.embed([1, 2], {"dimension": 3})
     with pytest.raises(ValueError, match="2 entries for 1 prompts"):
         llm.embed([[1, 2]], [None, None])
+    with pytest.raises(ValueError, match="lora_request must be None"):
+        llm.embed([1, 2], lora_request="adapter")
 
 
 def test_pooler_config(tmp_path):

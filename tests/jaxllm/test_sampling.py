@@ -10,6 +10,7 @@ from scipy import special
 
 from jaxllm import SamplingParams
 from jaxllm.models.testing import continuation, next_token
+from jaxllm.runner.controls import bitmask
 from jaxllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 from tests.jaxllm.conftest import make_sum_llm
 
@@ -132,6 +133,27 @@ def test_a_logits_processor_that_raises_ends_its_request_alone(sum_llm, fails_at
     assert outputs[0].outputs[0].token_ids == continuation(PROMPTS[0], 6)[:fails_at]
     assert outputs[1].outputs[0].token_ids == continuation(PROMPTS[1], 6)
     sum_llm.llm_engine.scheduler.check()
+
+
+def test_masks_are_made_while_the_device_computes_the_forward_pass(sum_llm, monkeypatch):
+    """In a step the network's program is handed over before the host's work, and the sampler's after it."""
+    events, runner = [], sum_llm.llm_engine.runner
+
+    class Odd:
+        def mask(self, tokens):
+            events.append("mask")
+            return bitmask(range(1, V, 2), V)
+
+    class Recorded:
+        def __getitem__(self, key):
+            return lambda *arguments: (events.append(type(key).__name__), programs[key](*arguments))[1]
+
+    programs = runner.executables
+    monkeypatch.setattr(runner, "executables", Recorded())
+    monkeypatch.setattr(sum_llm.llm_engine._specs, "_constraints", lambda *_: (Odd(),))
+    (answer,) = answers(sum_llm, PROMPTS[3], greedy(5))
+    assert all(token % 2 for token in answer)
+    assert events == ["StepShape", "mask", "SampleShape"] * 5
 
 
 def test_a_constraint_that_raises_ends_its_request_alone(sum_llm, monkeypatch):
@@ -310,6 +332,22 @@ def test_output_kinds(sum_llm):
     assert [len(output.outputs[0].logprobs) for output in delta] == [len(o.outputs[0].token_ids) for o in delta]
     (final,) = streamed(RequestOutputKind.FINAL_ONLY)
     assert final.finished and final.outputs[0].token_ids == whole
+
+
+def test_several_streams_at_once(sum_llm, monkeypatch):
+    monkeypatch.setattr(sum_llm.llm_engine._loop, "_steps_in_a_burst", lambda: 1)
+    seen = []
+    params = [greedy(12), SamplingParams(temperature=0, max_tokens=20), SamplingParams(n=2, seed=1, max_tokens=9)]
+    shown = {str(i): [0] for i in range(3)}
+    for output in sum_llm.stream(PROMPTS[1:4], params):
+        seen.append(output.request_id)
+        shown[output.request_id].append(sum(len(one.token_ids) for one in output.outputs))
+        if output.finished and output.request_id != "2":
+            count = params[int(output.request_id)].max_tokens
+            assert output.outputs[0].token_ids == continuation(output.prompt_token_ids, count)
+    assert [counts[-1] for counts in shown.values()] == [12, 20, 18]
+    assert all(counts == sorted(counts) and len(counts) > 9 for counts in shown.values())
+    assert seen != sorted(seen)  # they took turns
 
 
 def test_truncate_prompt_tokens(sum_llm):

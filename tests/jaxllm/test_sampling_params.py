@@ -8,13 +8,21 @@ import pytest
 from jaxllm import SamplingParams
 from jaxllm.sampling_params import GuidedDecodingParams, RequestOutputKind, StructuredOutputsParams
 
+# Today's vLLM's, and of 0.4 those that it no longer has. Of lists None is kept as an empty one.
+DEFAULTS = dict(
+    n=1, best_of=None, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, temperature=1.0, top_p=1.0,
+    top_k=0, min_p=0.0, seed=None, use_beam_search=False, length_penalty=1.0, early_stopping=False, stop=[],
+    stop_token_ids=[], bad_words=[], allowed_token_ids=None, logit_bias=None, logits_processors=[], ignore_eos=False,
+    include_stop_str_in_output=False, max_tokens=16, min_tokens=0, logprobs=None, logprob_token_ids=None,
+    prompt_logprobs=None, prompt_logprob_token_ids=None, prompt_logprob_start=None, detokenize=True,
+    skip_special_tokens=True, spaces_between_special_tokens=True, truncate_prompt_tokens=None, structured_outputs=None,
+    output_kind=RequestOutputKind.CUMULATIVE, extra_args=None, skip_reading_prefix_cache=None,
+    thinking_token_budget=None, repetition_detection=None,
+)  # fmt: skip
+
 
 def test_defaults():
-    params = SamplingParams()
-    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
-    assert (params.max_tokens, params.min_tokens, params.seed, params.logprobs) == (16, 0, None, None)
-    assert (params.stop, params.stop_token_ids) == ([], [])
-    assert params.skip_special_tokens and not params.ignore_eos and not params.include_stop_str_in_output
+    assert vars(SamplingParams()) == DEFAULTS
 
 
 @pytest.mark.parametrize(

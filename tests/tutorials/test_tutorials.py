@@ -109,6 +109,30 @@ def test_llama2(here, capsys):
     assert len(lines) == 4 and lines[2].startswith("Prompt: 'The capital of France is', Generated text: ")
 
 
+OTHERS = {
+    "opt-125m": dict(
+        architectures=["OPTForCausalLM"],
+        model_type="opt",
+        ffn_dim=16,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=True,
+        activation_function="relu",
+    ),
+    "Baichuan2-13B-Chat": dict(
+        architectures=["BaichuanForCausalLM"], model_type="baichuan", hidden_act="silu", rms_norm_eps=1e-6
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_models_of_the_second_tutorial(here, capsys, name):
+    """Its script, with their names where it says Llama's."""
+    write_json_tokenizer(write_model(here / "path/to" / name, {**TINY, **OTHERS[name]}))
+    (here / "script.py").write_text((HERE / "llama2.py").read_text().replace("Llama-2-13b-chat-hf", name))
+    lines = lines_of(str(here / "script.py"), capsys)
+    assert len(lines) == 4 and lines[0].startswith("Prompt: 'Hello, my name is', Generated text: ")
+
+
 def test_tinyllm(here, capsys):
     config = {"architectures": ["TinyllmForCausalLM"], **TINY, "max_position_embeddings": 1024}
     write_json_tokenizer(write_model(here / "path/to/tiny_llm_sft_92m", config), chat_template=TEMPLATE)

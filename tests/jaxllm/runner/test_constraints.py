@@ -56,6 +56,14 @@ def test_reasoning_that_ends_in_time_and_begins_again():
     assert think([2], 1, [5] * 12) == [5] * 12
 
 
+def test_a_fork_goes_its_own_way():
+    budget = ThinkingBudget(START, START, END, 2, V)
+    budget.mask([5])
+    fork = budget.fork()
+    assert allowed(budget.mask([5, 6])) == [20] and budget.mask([5, 6, 20, 21]) is None and budget.closed == 4
+    assert fork.thinking and not fork.closed and allowed(fork.mask([5, 7])) == [20]
+
+
 def test_masks_are_combined():
     class Only:
         def __init__(self, ids):
@@ -69,6 +77,7 @@ def test_masks_are_combined():
     assert allowed(combined_mask([FixedTokens(None, [2], V), Only([1, 2])], [])) == [1]
     with pytest.raises(ValueError, match=r"after 1 tokens the request's constraints \(FixedTokens, Only\) leave no"):
         combined_mask([FixedTokens([2], [], V), Only([1])], [5])
+    assert allowed(combined_mask([FixedTokens([2], [], V), Only([1])], [5], may_be_empty=True)) == []
     assert allowed(combined_mask([Only([1, 2, 3]), Only([2, 3, 4]), BadWords([[7, 3]], V)], [7])) == [2]
 
 

@@ -1,12 +1,14 @@
 """The sampler against numpy: distributions by chi-squared, draws that depend on seed and position alone."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special, stats
 
-from jaxllm.runner.sampler import Level, SamplingRows, SamplingSpec, SamplingTable, sample
+from jaxllm.runner.sampler import Level, SamplingRows, SamplingSpec, SamplingTable, _ordered_bits, _search, sample
 
 V = 12
 LOGITS = np.random.default_rng(0).normal(0, 1.5, V).astype(np.float32)
@@ -98,6 +100,36 @@ def test_ties_at_the_kth_place_stay():
 def test_extreme_logits():
     logits = np.array([1e30, -1e30, 0, -np.inf, 1e30, *[-5.0] * 7], np.float32)
     assert set(draw(dict(temperature=1.0, top_k=5, top_p=0.9), 200, logits).tolist()) == {0, 4}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_large_rows_are_not_sorted(platform):
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows([SamplingSpec()] * 2))
+    logits = jax.ShapeDtypeStruct((2, 152_064), jnp.float32)
+    text = _jitted.trace(logits, batch, Level.FULL).lower(lowering_platforms=(platform,)).as_text()
+    assert not re.search(r"stablehlo\.sort|top_k", text)
+    sums = max(line.count(" init:") for line in text.splitlines() if "stablehlo.reduce(" in line)
+    assert sums == {"cpu": 2, "cuda": 15}[platform]  # of a pass of the search; an argmax has 2
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["count", "probability"])
+def test_the_threshold_is_that_of_a_sort_however_many_bits_a_pass_finds(bits, kind):
+    """Weights are multiples of 2**-12, so that their sums are exact in whatever order they are added."""
+    random = np.random.default_rng(bits)
+    logits = random.normal(0, 3, (40, 300)).round(1).astype(np.float32) + 0.0  # with ties, without -0.0
+    logits[:4, ::3], logits[4:8] = -np.inf, logits[4:8] - 1e30
+    weights = np.ones_like(logits) if kind == "count" else (random.integers(0, 64, logits.shape) / 4096).astype("f4")
+    total = weights.sum(1)
+    target = np.floor(total * random.uniform(0, 1, 40) * 4096).clip(1) / 4096 if kind != "count" else np.arange(1, 41)
+    target[-1] = total[-1]
+    keys = _ordered_bits(jnp.asarray(logits))
+    found = np.asarray(jax.jit(_search, static_argnums=3)(keys, weights, target.astype("f4"), bits))
+    for row in range(40):
+        order = np.argsort(-logits[row], kind="stable")
+        last = order[np.searchsorted(np.cumsum(weights[row][order]), target[row])]  # with it the target is reached
+        kept = np.asarray(keys[row]) >= found[row]
+        np.testing.assert_array_equal(kept, logits[row] >= logits[row][last])
 
 
 def test_padding_rows_are_greedy():
