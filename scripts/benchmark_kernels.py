@@ -213,7 +213,6 @@ def decode_cases(effort: str) -> Iterator[Case]:
         variants += [(16, C(64, stages, 2 * sms)) for stages in (2, 3, 4, 6)]
         variants += [(16, C(128, stages, sms)) for stages in (2, 3, 6)]
         variants += [(16, C(64, stages, 3 * sms)) for stages in (2, 3)]
-        variants += [(16, C(64, 6, sms, least)) for least in (2, 3, 4, 6)]
     for at_least, config in variants:
         for spec in DECODE_SPECS:
             page_size = max(at_least, spec.page_size)

@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
     padded      whether a tile is one KV head's, filled up
     page_lines  of a page
     span        which blocks a row needs
-    stages, num_ctas, least    Config's
+    stages, num_ctas    Config's
     kv_dtype    of the pages
     dtype       of what the tensor cores take
     """
@@ -48,7 +48,6 @@ class Sizes(NamedTuple):
     span: Span
     stages: int
     num_ctas: int
-    least: int
     kv_dtype: Any
     dtype: Any
     out_dtype: Any

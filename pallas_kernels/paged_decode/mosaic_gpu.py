@@ -53,13 +53,11 @@ class Config:
       block_keys: keys of one step, a multiple of 64 and of the page size.
       stages: blocks of keys under way in a CTA.
       num_ctas: parts that the batch is cut into. They need not run at once.
-      least: blocks of a part at least; some parts may be empty.
     """
 
     block_keys: int
     stages: int
     num_ctas: int
-    least: int = 1
 
 
 def default_config(tile: int, H: int, kv_dtype=jnp.bfloat16, segments: int = 2**30) -> Config:
@@ -75,8 +73,7 @@ def default_config(tile: int, H: int, kv_dtype=jnp.bfloat16, segments: int = 2**
         stages = (SHARED_MEMORY // ctas - fixed) // (_shared_bytes(tile, H, block, 1, kv_dtype) - fixed)
         if stages >= 3:
             break
-    # Four, for adding up the parts of many CTAs takes longer than reading a few blocks.
-    return Config(block, min(stages, 8), ctas * mosaic.num_multiprocessors(), least=4)
+    return Config(block, min(stages, 8), ctas * mosaic.num_multiprocessors())
 
 
 def _shared_bytes(tile, H, block, stages, kv_dtype=jnp.bfloat16):
@@ -152,7 +149,7 @@ def paged_decode(
     sizes = Sizes(
         S=S, K=K, H=fold * H, tile=tile, group=group, padded=padded, fold=fold, page_lines=page_size // fold,
         span=Span(config.block_keys * fold, Q, window), stages=config.stages, num_ctas=config.num_ctas,
-        least=config.least, kv_dtype=k_pages.dtype, dtype=dtype, out_dtype=q.dtype, scale=scale, soft_cap=soft_cap,
+        kv_dtype=k_pages.dtype, dtype=dtype, out_dtype=q.dtype, scale=scale, soft_cap=soft_cap,
         interpret=interpret,
     )  # fmt: skip
     columns = tiles(columns.reshape(S, K, group, fold * H).astype(dtype))
@@ -209,7 +206,7 @@ def _call(sizes: Sizes, q, k_pages, v_pages, page_table, kv_lens, options):
       If fold > 1, float32 [S, K, tile], base-2 logarithms of the sums of exponentials; uninitialised for unused rows.
     """
     S, K, tile, G = sizes.S, sizes.K, sizes.tile, sizes.num_ctas
-    schedule = cut(kv_lens, page_table, K, sizes.span, sizes.page_lines * sizes.fold, G, sizes.least)
+    schedule = cut(kv_lens, page_table, K, sizes.span, sizes.page_lines * sizes.fold, G)
     inputs = Inputs(q, k_pages, v_pages, page_table, kv_lens, *schedule, **options)._asdict()
     inputs = {name: x for name, x in inputs.items() if x is not None}
     out = ((S, K, sizes.group, sizes.V), sizes.out_dtype) if sizes.fold == 1 else ((S, K, sizes.H, tile), jnp.float32)

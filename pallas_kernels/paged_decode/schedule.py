@@ -53,7 +53,7 @@ class Schedule(NamedTuple):
     starts    i32[G, 5 + pages]: a CTA's first block (row, KV head, block within the row's span), that row's length,
               the number of blocks, and the page ids of the first
     next_row  i32[S], the next row in use
-    shares    i32[2], (blocks of every CTA, how many CTAs have one more); the last CTAs may have fewer
+    shares    i32[2], (blocks of every CTA, how many CTAs have one more)
     """
 
     starts: jax.Array
@@ -61,27 +61,22 @@ class Schedule(NamedTuple):
     shares: jax.Array
 
 
-def cut(kv_lens, page_table, K: int, span: Span, page_tokens: int, G: int, least: int = 1) -> Schedule:
-    """The shares of G CTAs, of at least `least` blocks each: where there is little to do, some CTAs have nothing.
-
-    Depends on no layer's arrays, so XLA computes it once for all layers of a step.
-    """
+def cut(kv_lens, page_table, K: int, span: Span, page_tokens: int, G: int) -> Schedule:
+    """The shares of G CTAs. Depends on no layer's arrays, so XLA computes it once for all layers of a step."""
     S = kv_lens.shape[0]
     rows = jnp.arange(S, dtype=jnp.int32)
     blocks = span.count(kv_lens)
     ends = row_ends(kv_lens, K, span)
-    share = jnp.maximum(ends[-1] // G, least)
-    rest = jnp.maximum(ends[-1] - share * G, 0)
+    share, rest = ends[-1] // G, ends[-1] % G
     cta = jnp.arange(G, dtype=jnp.int32)
-    begin = jnp.minimum(cta * share + jnp.minimum(cta, rest), ends[-1])
-    count = jnp.minimum(share + (cta < rest), ends[-1] - begin)
+    begin = cta * share + jnp.minimum(cta, rest)
     row = jnp.minimum(jnp.sum(ends[None, :] <= begin[:, None], axis=1), S - 1)
     within = begin - (ends - blocks * K)[row]
     row_blocks = jnp.maximum(blocks[row], 1)
     block, kv_len = within % row_blocks, kv_lens[row]
     columns = jnp.arange(span.block // page_tokens, dtype=jnp.int32)
     ids = page_table[row[:, None], page_entry(span, block[:, None], columns, kv_len[:, None], page_tokens)]
-    starts = jnp.stack([row, within // row_blocks, block, kv_len, count, *ids.T], axis=1)
+    starts = jnp.stack([row, within // row_blocks, block, kv_len, share + (cta < rest), *ids.T], axis=1)
     in_use_later = (rows[None, :] > rows[:, None]) & (kv_lens > 0)[None, :]
     next_row = jnp.min(jnp.where(in_use_later, rows[None, :], S - 1), axis=1)
     return Schedule(
@@ -98,7 +93,7 @@ def row_ends(kv_lens, K: int, span: Span):
 def owner(index, share, rest):
     """The CTA that has the block of that index in the sequence of all blocks."""
     in_rest = rest * (share + 1)
-    after = rest + lax.div(index - in_rest, share)
+    after = rest + lax.div(index - in_rest, jnp.maximum(share, 1))
     return jnp.where(index < in_rest, lax.div(index, share + 1), after)
 
 

@@ -27,7 +27,6 @@ CASES = {
     "multi-head": ([100, 1], (8, 8, 64, 16), 4, "bfloat16", {}),
     "padded groups": ([66, 64], (9, 3, 64, 16), 2, "bfloat16", {}),
     "16 to a group": ([150], (32, 2, 128, 16), 3, "bfloat16", {}),
-    "shares of two blocks": ([300, 0, 64, 130], (4, 2, 64, 16), 9, "bfloat16", dict(least=2)),
     "head dim 256": ([90], (4, 2, 256, 32), 2, "bfloat16", {}),
     "head dim 96": ([130, 17], (4, 4, 96, 16), 2, "bfloat16", {}),
     "head dim 80": ([70, 0], (4, 1, 80, 32), 2, "float16", {}),
@@ -97,7 +96,7 @@ def test_interpreted(case):
     q, paged, options, scales = inputs_of(case)
     args = (q, paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens)
     assert mosaic_gpu.supported(*args, scale=0.2, interpret=True, **options, **scales) is None
-    config = Config(block_keys=64, stages=2, num_ctas=case[2], least=case[4].get("least", 1))
+    config = Config(block_keys=64, stages=2, num_ctas=case[2])
     out = mosaic_gpu.paged_decode(*args, scale=0.2, config=config, interpret=True, **options, **scales)
     assert out.shape == q.shape and out.dtype == q.dtype
     expected = expected_of(q, paged, 0.2, **options)
@@ -120,18 +119,17 @@ def test_reference_of_the_same(case):
     st.sampled_from([1, 3]),
     st.sampled_from([1, 4, 40]),
     st.sampled_from([(1, None), (3, None), (1, 1), (1, 70), (4, 130)]),
-    st.sampled_from([1, 3]),
 )
-def test_schedule_takes_every_block_once(lens, K, G, queries_and_window, least):
+def test_schedule_takes_every_block_once(lens, K, G, queries_and_window):
     span, page = Span(64, *queries_and_window), 16
     table = jnp.arange(6 * 20, dtype=jnp.int32).reshape(6, 20)
-    schedule = jax.jit(cut, static_argnums=range(2, 7))(jnp.array(lens, jnp.int32), table, K, span, page, G, least)
+    schedule = jax.jit(cut, static_argnums=range(2, 6))(jnp.array(lens, jnp.int32), table, K, span, page, G)
     starts, next_row, (share, rest) = map(np.asarray, schedule)
     blocks = [blocks_seen(n, span) for n in lens]
     wanted = [(row, head, j) for row, n in enumerate(blocks) for head in range(K) for j in n]
     taken = []
     for cta, (row, head, j, length, count, *ids) in enumerate(starts.tolist()):
-        assert count == (share + (cta < rest) if share > least else min(share + (cta < rest), len(wanted) - len(taken)))
+        assert count == share + (cta < rest)
         if count:
             assert length == lens[row]
             seen = [i for i in range(20) if i * page < length and (i + 1) * page > span.first_token(length)]
