@@ -244,7 +244,7 @@ def test_sizes_that_no_tensor_holds():
 
 def test_parts_of_a_merged_layer_must_be_alike():
     quantization = W8A8 | {"ignore": ["lm_head", "re:.*q_proj"]}
-    with pytest.raises(ValueError, match=r"q_proj, .*k_proj, .*v_proj are one weight here"):
+    with pytest.raises(ValueError, match=r"q_proj and .*k_proj are parts of one weight here"):
         build(read_config(CONFIG | {"quantization_config": quantization}))
 
 
@@ -257,10 +257,26 @@ MOE = {
 }
 
 
-@pytest.mark.parametrize("variant", ["gptq desc_act", "fp8 blocks"])
-def test_experts_become_floats_while_loading(variant, tmp_path):
+@pytest.mark.parametrize("variant", ["gptq desc_act", "awq", "fp8 blocks", "w8a8"])
+def test_experts_stay_packed(variant, tmp_path):
     reference = write(tmp_path, *VARIANTS[variant], **MOE)
     network, params = load(tmp_path)
-    assert params["layers"]["0"]["mlp"]["experts"]["down"]["weight"].dtype == np.float32
-    assert "codes" in params["layers"]["0"]["mlp"]["shared"]["down"]["weight"]
+    check_params(network, params)
+    experts = params["layers"]["0"]["mlp"]["experts"]
+    packed = sum(array.nbytes for array in jax.tree.leaves(experts))
+    assert packed < 0.6 * 4 * (3 * 64 * 128) * 4  # of float32; a width of 64 is padded to 128 columns
     assert_same((network, params), reference)
+
+
+def test_experts_must_be_quantized_alike():
+    quantization = W8A8 | {"ignore": ["lm_head", "re:.*experts.2.up_proj", "re:.*gate$"]}
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj and .*experts\.2\.up_proj are parts of one weight"):
+        build(read_config(CONFIG | MOE | {"quantization_config": quantization}))
+
+
+def test_a_tensor_that_an_expert_lacks(tmp_path):
+    write(tmp_path, *VARIANTS["gptq"], **MOE)
+    name = "model.layers.0.mlp.experts.3.down_proj.scales"
+    rewrite(tmp_path, lambda tensors: remove(tensors, name))
+    with pytest.raises(CheckpointError, match=f"missing: {name}"):
+        load(tmp_path)
