@@ -40,7 +40,7 @@ class MoEConfig(ModelConfig):
 class MixtralConfig(MoEConfig):
     names = MappingProxyType({"num_experts": "num_local_experts"})
     defaults = MappingProxyType(
-        {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+        {"num_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
     )
 
     @classmethod
@@ -88,7 +88,7 @@ class Qwen2MoeConfig(MoEConfig, Qwen2Config):
 
 
 class Qwen3MoeConfig(Qwen2MoeConfig):
-    names = MappingProxyType({})
+    names = MappingProxyType({"num_experts": "num_local_experts"})  # transformers 5 writes that one
     defaults = MappingProxyType(
         {
             **Qwen2MoeConfig.defaults,

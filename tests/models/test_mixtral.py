@@ -177,6 +177,15 @@ def test_published_configs():
     assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.shared_expert_size) == (True, False, 5632)
 
 
+@pytest.mark.parametrize("published", [MIXTRAL_8X7B, QWEN3_30B_A3B])
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])  # transformers 5 writes the second for both
+def test_either_name_of_the_number_of_experts(published, key):
+    others = {name: value for name, value in published.items() if name not in ("num_experts", "num_local_experts")}
+    assert read_config(others | {key: 24}).num_experts == 24
+    with pytest.raises(ValueError, match=f"{key}=0 must be an integer"):
+        read_config(others | {key: 0})
+
+
 BAD = {
     "experts": (MIXTRAL_8X7B | {"num_local_experts": 0}, "num_local_experts=0 must be an integer >= 1"),
     "picked": (QWEN3_30B_A3B | {"num_experts_per_tok": 129}, "num_experts_per_tok=129 must be at most .* 128"),
