@@ -111,7 +111,7 @@ def load(folder, dtype="float32"):
     return network, load_params(network, folder, progress=False)
 
 
-def logits_and_tokens(network, params, count=6):
+def logits_and_tokens(network, params, count=24):
     stepper = Stepper(network, params)
     row = stepper.add(list(range(3, 20)))
     logits = stepper.step({row: 17})[row]
@@ -144,6 +144,45 @@ def test_block_that_ends_within_a_merged_layer(tmp_path):
 def test_biases_of_quantized_layers(tmp_path):
     reference = write(tmp_path, *VARIANTS["gptq"], attention_bias=True, mlp_bias=True)
     assert_same(load(tmp_path), reference)
+
+
+# As published, scaled down, in float32. AutoGPTQ wrote a bias for every layer.
+QWEN15_7B_CHAT = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_sliding_window": False,
+}
+QWEN15_GPTQ = {
+    "bits": 4,
+    "damp_percent": 0.01,
+    "desc_act": False,
+    "group_size": 128,
+    "model_file_base_name": "model",
+    "model_name_or_path": None,
+    "quant_method": "gptq",
+    "static_groups": False,
+    "sym": True,
+    "true_sequential": True,
+}
+
+
+def test_qwen15_7b_chat_gptq_int4(tmp_path):
+    options = {"group_size": 128}
+    reference = write(tmp_path, QWEN15_GPTQ, formats.gptq, options, **QWEN15_7B_CHAT)
+    layers = {"self_attn.o_proj": 128, "mlp.gate_proj": 256, "mlp.up_proj": 256, "mlp.down_proj": 128}
+    biases = {f"model.layers.0.{name}.bias": np.zeros(size, np.float16) for name, size in layers.items()}
+    rewrite(tmp_path, lambda tensors: tensors.update(biases))
+    network, params = load(tmp_path)
+    assert set(params["layers"]["0"]["attention"]["qkv"]) == {"weight", "bias"}
+    assert_same((network, params), reference)
 
 
 def test_layers_that_are_not_converted(tmp_path):
@@ -229,12 +268,6 @@ def test_tensors_that_do_not_fit_the_config(case, tmp_path):
         load(tmp_path)
     for text in texts:
         assert text in str(error.value)
-
-
-def test_zero_biases_of_old_gptq_checkpoints_are_ignored(tmp_path):
-    reference = write(tmp_path, *VARIANTS["gptq"])
-    rewrite(tmp_path, lambda tensors: tensors.update({f"{Q}.bias": np.zeros(128, np.float16)}))
-    assert_same(load(tmp_path), reference)
 
 
 def test_sizes_that_no_tensor_holds():
