@@ -23,6 +23,13 @@ CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
@@ -204,9 +211,9 @@ def test_sixteen_bit_network_stays_near(tmp_path):
     assert np.abs(logits - expected).max() < 0.1 * expected.std()
 
 
-def test_random_weights_fit_the_declarations(tmp_path):
-    for quantization in (GPTQ | {"sym": False, "desc_act": True}, FP8_BLOCK, W8A8):
-        network = build(read_config(CONFIG | {"quantization_config": quantization}))
+def test_random_weights_fit_the_declarations():
+    for quantization, config in ((GPTQ | {"sym": False, "desc_act": True}, MOE), (FP8_BLOCK, {}), (W8A8, {})):
+        network = build(read_config(CONFIG | config | {"quantization_config": quantization}))
         params = network.init(jax.random.key(0))
         check_params(network, params)
         logits, _ = logits_and_tokens(network, params, count=1)
@@ -279,15 +286,6 @@ def test_parts_of_a_merged_layer_must_be_alike():
     quantization = W8A8 | {"ignore": ["lm_head", "re:.*q_proj"]}
     with pytest.raises(ValueError, match=r"q_proj and .*k_proj are parts of one weight here"):
         build(read_config(CONFIG | {"quantization_config": quantization}))
-
-
-MOE = {
-    "architectures": ["Qwen2MoeForCausalLM"],
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 128,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-}
 
 
 @pytest.mark.parametrize("variant", ["gptq desc_act", "awq", "fp8 blocks", "w8a8"])
