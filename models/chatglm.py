@@ -2,6 +2,9 @@
 
 ChatGLM3-6B, GLM-4-9B-chat and its -1m variant as published (`ChatGLMModel`), and GLM-4 in transformers' layout
 (`GlmForCausalLM`). Both are Llama with neighbouring pairs rotated, in one half of each head, and biases on q, k and v.
+
+`rope_ratio` multiplies the base here. In the code that ChatGLM2-6B-32K ships it divides the positions, which no key of
+its config tells; the README has the overrides that do.
 """
 
 from collections.abc import Mapping

@@ -17,7 +17,7 @@ from jaxllm.models.layers.mla import LatentAttention
 from jaxllm.models.layers.moe import MoE
 from jaxllm.models.layers.param import normal
 from jaxllm.models.llama import LlamaForCausalLM
-from jaxllm.models.mixtral import EXPERT_NAMES, MoEConfig, SparseDecoderLayer
+from jaxllm.models.mixtral import EXPERT_NAMES, MoEConfig, SparseDecoderLayer, expert_options
 
 
 @dataclass(frozen=True)
@@ -121,18 +121,7 @@ class DeepseekV3Config(DeepseekConfig):
 
 class DeepseekMoE(MoE):
     def __init__(self, config: DeepseekConfig, dtype):
-        super().__init__(
-            config.hidden_size,
-            config.num_experts,
-            config.expert_size,
-            top_k=config.num_experts_per_tok,
-            normalize=config.norm_topk_prob,
-            act=config.hidden_act,
-            dtype=dtype,
-            initializer=normal(config.initializer_range),
-            shared_size=config.shared_expert_size,
-            correction=config.scoring == "sigmoid",
-        )
+        super().__init__(**expert_options(config, dtype), correction=config.scoring == "sigmoid")
         self.num_groups, self.groups_picked = config.num_groups, config.groups_picked
         self.routed_scale = config.routed_scale
 

@@ -164,11 +164,16 @@ def checkpoint_names(
     module, leaf = ".".join(path[:-1]), path[-1]
     names = {}
     for theirs, ours, *rest in weight_names:
-        match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)"), module)
+        match = _pattern(ours).fullmatch(module)
         if match:
             part, transform = (*rest, None, None)[:2]
             names[part] = (f"{theirs.format(*match.groups(), expert)}.{leaf}", transform)
     return names
+
+
+@functools.cache  # it is asked for every expert of every layer
+def _pattern(ours: str) -> re.Pattern:
+    return re.compile(re.escape(ours).replace(r"\{\}", r"(\d+)"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

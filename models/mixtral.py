@@ -39,9 +39,7 @@ class MoEConfig(ModelConfig):
 
 class MixtralConfig(MoEConfig):
     names = MappingProxyType({"num_experts": "num_local_experts"})
-    defaults = MappingProxyType(
-        {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
-    )
+    defaults = MappingProxyType({"num_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6})
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "MixtralConfig":
@@ -88,7 +86,7 @@ class Qwen2MoeConfig(MoEConfig, Qwen2Config):
 
 
 class Qwen3MoeConfig(Qwen2MoeConfig):
-    names = MappingProxyType({})
+    names = MappingProxyType({"num_experts": "num_local_experts"})  # transformers 5 writes that one
     defaults = MappingProxyType(
         {
             **Qwen2MoeConfig.defaults,
@@ -103,6 +101,21 @@ class Qwen3MoeConfig(Qwen2MoeConfig):
     qk_norm = True
 
 
+def expert_options(config: MoEConfig, dtype) -> dict[str, Any]:
+    """The arguments of MoE that all families take from their configs alike."""
+    return {
+        "hidden_size": config.hidden_size,
+        "num_experts": config.num_experts,
+        "expert_size": config.expert_size,
+        "top_k": config.num_experts_per_tok,
+        "normalize": config.norm_topk_prob,
+        "act": config.hidden_act,
+        "dtype": dtype,
+        "initializer": normal(config.initializer_range),
+        "shared_size": config.shared_expert_size,
+    }
+
+
 class SparseDecoderLayer(DecoderLayer):
     """A layer whose feed-forward part is a mixture of experts, unless the config says that it is dense."""
 
@@ -112,18 +125,7 @@ class SparseDecoderLayer(DecoderLayer):
         return self.make_experts(config, dtype)
 
     def make_experts(self, config: MoEConfig, dtype) -> MoE:
-        return MoE(
-            config.hidden_size,
-            config.num_experts,
-            config.expert_size,
-            top_k=config.num_experts_per_tok,
-            normalize=config.norm_topk_prob,
-            act=config.hidden_act,
-            dtype=dtype,
-            initializer=normal(config.initializer_range),
-            shared_size=config.shared_expert_size,
-            shared_gate=config.shared_expert_size > 0,
-        )
+        return MoE(**expert_options(config, dtype), shared_gate=config.shared_expert_size > 0)
 
     def feed_forward(self, x: jax.Array, batch: StepBatch) -> jax.Array:
         return self.mlp(x, batch) if isinstance(self.mlp, MoE) else self.mlp(x)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.models.layers.param import Initializer, param, zeros
-from jaxllm.models.layers.quantized import QuantizedMatrix, QuantizedParts
+from jaxllm.models.layers.quantized import declare_packed
 from jaxllm.models.quantization.scheme import Layout
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
@@ -69,11 +70,8 @@ class Linear(nnx.Module):
 
     def quantize(self, layout: Layout, separate_parts: bool) -> None:
         """Declare the weight as a packed one, or as one for each part. Only before the parameters are looked at."""
-        if separate_parts:
-            parts = dict(zip(self.part_names, self.part_sizes, strict=True))
-            self.weight = QuantizedParts(parts, self.in_features, layout, self.axes)
-        else:
-            self.weight = QuantizedMatrix(self.out_features, self.in_features, layout, self.axes)
+        parts = dict(zip(self.part_names, self.part_sizes, strict=True)) if separate_parts else self.out_features
+        self.weight = declare_packed(self.in_features, parts, layout, self.axes)
 
     def split(self, x: jax.Array) -> list[jax.Array]:
         """The parts of a merged layer's output [..., out], each [..., size of the part]."""
@@ -82,3 +80,37 @@ class Linear(nnx.Module):
             parts.append(jax.lax.slice_in_dim(y, start, start + size, axis=-1))
             start += size
         return parts
+
+
+class StackedLinear(nnx.Module):
+    """E linear layers without biases, one an expert. With `out_features` a dict each is several, as in Linear."""
+
+    bias = None
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int | Mapping[str, int],
+        *,
+        axes: tuple[str, str],  # of an expert's weight: (out, in)
+        dtype,
+        initializer: Initializer,
+    ):
+        parts = dict(out_features) if isinstance(out_features, Mapping) else {}
+        size = sum(parts.values()) if parts else out_features
+        self.num_experts, self.in_features, self.out_features, self.axes = num_experts, in_features, size, axes
+        self.part_names, self.part_sizes = tuple(parts), tuple(parts.values())
+        shape = (num_experts, size, in_features)
+        self.weight = param(shape, dtype, ("expert", *axes), initializer, parts, stacked=True)
+
+    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """x [M, in], sorted by expert, of which each has group_sizes i32[E] rows -> [M, out]."""
+        if isinstance(self.weight, nnx.Param):
+            return grouped_matmul(x, self.weight[...], group_sizes)
+        return self.weight.grouped(x, group_sizes)
+
+    def quantize(self, layout: Layout, separate_parts: bool) -> None:
+        """As Linear.quantize."""
+        parts = dict(zip(self.part_names, self.part_sizes, strict=True)) if separate_parts else self.out_features
+        self.weight = declare_packed(self.in_features, parts, layout, self.axes, self.num_experts)

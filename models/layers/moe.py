@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.models.interface import StepBatch
-from jaxllm.models.layers.linear import Linear, matmul
+from jaxllm.models.layers.linear import Linear, StackedLinear, matmul
 from jaxllm.models.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxllm.models.layers.param import Initializer, param, zeros
-from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 class Router(nnx.Module):
@@ -28,19 +27,6 @@ class Router(nnx.Module):
         return matmul(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
 
 
-class StackedLinear(nnx.Module):
-    """E linear layers without biases, one an expert: weight [E, out, in]."""
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int, *, axes, dtype, initializer, parts=None):
-        self.weight = param(
-            (num_experts, out_features, in_features), dtype, ("expert", *axes), initializer, parts, stacked=True
-        )
-
-    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """x [M, in], sorted by expert, of which each has group_sizes i32[E] rows -> [M, out]."""
-        return grouped_matmul(x, self.weight[...], group_sizes)
-
-
 class Experts(nnx.Module):
     """E gated feed-forward layers."""
 
@@ -48,9 +34,7 @@ class Experts(nnx.Module):
         self.act = act
         options = dict(dtype=dtype, initializer=initializer)
         parts = {"gate": expert_size, "up": expert_size}
-        self.gate_up = StackedLinear(
-            num_experts, hidden_size, 2 * expert_size, axes=("gate_up", "embed"), parts=parts, **options
-        )
+        self.gate_up = StackedLinear(num_experts, hidden_size, parts, axes=("gate_up", "embed"), **options)
         self.down = StackedLinear(num_experts, expert_size, hidden_size, axes=("embed", "mlp"), **options)
 
     def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:

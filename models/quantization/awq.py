@@ -17,6 +17,7 @@ from jaxllm.models.quantization.scheme import (
     FLOATS,
     Canonical,
     Layout,
+    OneScheme,
     Scheme,
     Stored,
     half_scales,
@@ -51,26 +52,13 @@ class AWQScheme(Scheme):
         return Canonical(np.ascontiguousarray(codes), half_scales(tensors["scales"].T), zeros)
 
 
-@dataclass(frozen=True)
-class AWQ:
-    """A `Quantization` (see scheme.py)."""
-
-    layers: AWQScheme
-    kept: Modules
-
-    method = "awq"
-    output_head = False
-
-    def scheme(self, name: str) -> Scheme | None:
-        return None if name in self.kept else self.layers
-
-
-def read(settings: Settings) -> AWQ:
+def read(settings: Settings) -> OneScheme:
     """From a quantization_config. Raises: ValueError naming the key, its value and what is allowed."""
     settings.choice("bits", (4,))
     settings.choice("version", ("gemm", "GEMM"), "gemm")
     settings.choice("zero_point", (True,), True)
-    return AWQ(AWQScheme(settings.choice("group_size", GROUP_SIZES)), Modules(settings.names("modules_to_not_convert")))
+    scheme = AWQScheme(settings.choice("group_size", GROUP_SIZES))
+    return OneScheme("awq", scheme, Modules(settings.names("modules_to_not_convert")))
 
 
 def _unpack(words: np.ndarray) -> np.ndarray:

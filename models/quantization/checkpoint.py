@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 
 from jaxllm.models.checkpoint_files import CheckpointError, CheckpointTensor
-from jaxllm.models.layers.quantized import pack_weight
+from jaxllm.models.layers.quantized import pack_stack, pack_weight
 from jaxllm.models.quantization.apply import PackedPart
 from jaxllm.models.quantization.scheme import Canonical, Quantization, concatenate, dequantize
 
@@ -31,11 +32,17 @@ def problems_of(layer: PackedPart, tensors: Mapping[str, CheckpointTensor]) -> l
 def read_packed(
     path: tuple[str, ...], layers: tuple[PackedPart, ...], tensors: Mapping[str, CheckpointTensor]
 ) -> dict[tuple[str, ...], np.ndarray]:
-    """The arrays of the packed weight at `path`, whose rows are those of `layers`.
+    """The arrays of the packed weight at `path`, whose rows are those of `layers`; of a stack of them, for experts.
 
     Raises: CheckpointError for values that contradict the checkpoint's config.
     """
-    arrays = pack_weight(concatenate([_canonical(layer, tensors) for layer in layers]), layers[0].scheme.layout)
+    of_experts = [list(group) for _, group in groupby(layers, key=lambda layer: layer.expert)]
+    weights = (concatenate([_canonical(layer, tensors) for layer in group]) for group in of_experts)
+    layout = layers[0].scheme.layout
+    if layers[0].expert is None:
+        arrays = pack_weight(next(weights), layout)
+    else:
+        arrays = pack_stack(weights, len(of_experts), layout)
     return {(*path, name): array for name, array in arrays.items()}
 
 
@@ -44,7 +51,7 @@ def with_floats(
 ) -> list[CheckpointTensor]:
     """The checkpoint's tensors, where quantized layers that are to be floats have become such.
 
-    They are those whose weight is no linear layer's in the network, such as experts'.
+    They are those whose weight is no linear layer's in the network, such as latent attention's `kv_b_proj`.
 
     Args:
       float_shapes: the tensors that are to be floats, with their shapes.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxllm.models.quantization.scheme import FLOATS, Canonical, Layout, Scheme, Stored, num_groups
+from jaxllm.models.quantization.scheme import FLOATS, Canonical, Layout, OneScheme, Scheme, Stored, num_groups
 from jaxllm.models.quantization.settings import Modules, Settings
 
 _BLOCK = 128
@@ -52,21 +52,7 @@ class FP8Scheme(Scheme):
         return Canonical(codes, np.broadcast_to(scales.reshape(-1, 1), (out_features, 1)))
 
 
-@dataclass(frozen=True)
-class FP8:
-    """A `Quantization` (see scheme.py)."""
-
-    layers: FP8Scheme
-    kept: Modules
-
-    method = "fp8"
-    output_head = False
-
-    def scheme(self, name: str) -> Scheme | None:
-        return None if name in self.kept else self.layers
-
-
-def read(settings: Settings) -> FP8:
+def read(settings: Settings) -> OneScheme:
     """From a quantization_config. Raises: ValueError naming the key, its value and what is allowed."""
     settings.choice("fmt", ("e4m3",), "e4m3")
     static = settings.choice("activation_scheme", ("static", "dynamic"), "dynamic") == "static"
@@ -76,4 +62,5 @@ def read(settings: Settings) -> FP8:
     scheme = (
         FP8Scheme("tensor", static_inputs=static) if block is None else FP8Scheme("block", "weight_scale_inv", static)
     )
-    return FP8(scheme, Modules(settings.names("modules_to_not_convert") + settings.names("ignored_layers")))
+    kept = Modules(settings.names("modules_to_not_convert") + settings.names("ignored_layers"))
+    return OneScheme("fp8", scheme, kept)

@@ -8,7 +8,6 @@ A layer [out, in] of b bits in groups of g columns has the tensors
     g_idx    i32[in]   the group of each input; with desc_act in the order of importance, otherwise i // g
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from jaxllm.models.quantization.scheme import (
     FLOATS,
     Canonical,
     Layout,
+    OneScheme,
     Scheme,
     Stored,
     from_unsigned,
@@ -26,7 +26,7 @@ from jaxllm.models.quantization.scheme import (
     sort_by_group,
     unpack_words,
 )
-from jaxllm.models.quantization.settings import Settings
+from jaxllm.models.quantization.settings import Modules, Settings
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -91,21 +91,7 @@ class GPTQScheme(Scheme):
             raise ValueError("g_idx is not in order, as desc_act=false says it is; set desc_act=true")
 
 
-@dataclass(frozen=True)
-class GPTQ:
-    """A `Quantization` (see scheme.py)."""
-
-    layers: GPTQScheme
-    output_head: bool
-    kept: tuple[str, ...]  # regular expressions of layers that are not quantized
-
-    method = "gptq"
-
-    def scheme(self, name: str) -> Scheme | None:
-        return None if any(re.match(pattern, name) for pattern in self.kept) else self.layers
-
-
-def read(settings: Settings) -> GPTQ:
+def read(settings: Settings) -> OneScheme:
     """From a quantization_config. Raises: ValueError naming the key, its value and what is allowed."""
     checkpoint_format = settings.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     scheme = GPTQScheme(
@@ -115,13 +101,13 @@ def read(settings: Settings) -> GPTQ:
         desc_act=settings.boolean("desc_act", default=False),
         zeros_minus_one=checkpoint_format == "gptq",
     )
-    return GPTQ(scheme, settings.boolean("lm_head", default=False), _excluded(settings))
+    return OneScheme("gptq", scheme, _excluded(settings), output_head=settings.boolean("lm_head", default=False))
 
 
-def _excluded(settings: Settings) -> tuple[str, ...]:
-    """The patterns of GPTQModel's `dynamic` that begin with "-:"; those that change a layer's bits are refused."""
+def _excluded(settings: Settings) -> Modules:
+    """What GPTQModel's `dynamic` leaves out, by patterns that begin with "-:"; any that change bits are refused."""
     dynamic = settings.values.get("dynamic") or {}
     changed = [pattern for pattern in dynamic if not pattern.startswith("-:")]
     if changed:
         raise ValueError(f"{settings.where}.dynamic[{changed[0]!r}] is not supported; allowed: patterns of '-:...'")
-    return tuple(pattern.removeprefix("-:") for pattern in dynamic)
+    return Modules(tuple(f"re:{pattern.removeprefix('-:')}" for pattern in dynamic))

@@ -6,7 +6,7 @@ nothing here knows a network or a device.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -84,6 +84,19 @@ class Quantization(Protocol):
     def scheme(self, name: str) -> Scheme | None:
         """Of the linear layer that the checkpoint calls `name`; None if it is not quantized."""
         ...
+
+
+@dataclass(frozen=True)
+class OneScheme:
+    """A `Quantization` by one scheme."""
+
+    method: str
+    layers: Scheme
+    kept: Container[str] = ()  # layers that are not quantized
+    output_head: bool = False
+
+    def scheme(self, name: str) -> Scheme | None:
+        return None if name in self.kept else self.layers
 
 
 def dequantize(weight: Canonical, layout: Layout) -> np.ndarray:

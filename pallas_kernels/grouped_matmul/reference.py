@@ -2,11 +2,15 @@
 
 On a GPU, XLA (jax 0.11) turns `jax.lax.ragged_dot` into a dense product of every row with every group's matrix, and
 copies the weights into another orientation before. Here the work is that of the rows there are. What it costs is a copy
-of the matrices that a batch of blocks needs; batches are small enough for the copies to fit anywhere.
+of the matrices that a batch of blocks needs, which is where packed ones are dequantized; batches are small enough for
+the copies to fit anywhere.
 """
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.quant_matmul import QuantizedWeight
+from pallas_kernels.quant_matmul.reference import quant_matmul
 
 _COPY_BYTES = 128 * 2**20  # of matrices, at once
 _MIN_BLOCK, _MAX_BLOCK = 16, 128  # rows
@@ -15,18 +19,25 @@ _MIN_BLOCK, _MAX_BLOCK = 16, 128  # rows
 @jax.jit
 def grouped_matmul(x, weight, group_sizes):
     """See pallas_kernels.grouped_matmul."""
-    num_rows, num_groups, out_size = x.shape[0], *weight.shape[:2]
+    num_rows, out_size = x.shape[0], weight.shape[-2]
     groups, rows = _blocks(group_sizes, num_rows)
-    batch = max(1, min(len(groups), _COPY_BYTES * num_groups // (weight.size * weight.dtype.itemsize)))
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    matrix_bytes = weight.shape[-2] * weight.shape[-1] * x.dtype.itemsize
 
     def product(block):
         group, rows = block
-        taken = x.at[rows].get(mode="clip")
-        return jnp.einsum("bi,oi->bo", taken, weight[group], precision=precision, preferred_element_type=x.dtype)
+        matrix = jax.tree.map(lambda stacked: stacked[group], weight)
+        return _product(x.at[rows].get(mode="clip"), matrix)
 
-    blocks = jax.lax.map(product, (groups, rows), batch_size=batch)
+    blocks = jax.lax.map(product, (groups, rows), batch_size=max(1, min(len(groups), _COPY_BYTES // matrix_bytes)))
     return jnp.zeros((num_rows, out_size), x.dtype).at[rows].set(blocks, mode="drop")
+
+
+def _product(x, matrix):
+    """[block, I] x [O, I] -> [block, O]."""
+    if isinstance(matrix, QuantizedWeight):
+        return quant_matmul(x, matrix, activation=None, out_dtype=x.dtype)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("bi,oi->bo", x, matrix, precision=precision, preferred_element_type=x.dtype)
 
 
 def _blocks(group_sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:

@@ -54,6 +54,8 @@ KINDS = {
 class QuantizedWeight:
     """A matrix [out_features, in_features] of few bits, for `quant_matmul`. A pytree of arrays; made by `pack`.
 
+    For `grouped_matmul` all arrays have one more axis, the first, which counts matrices.
+
     With R = ceil(out_features / 64) and C = ceil(in_features / 128):
 
     Attributes:

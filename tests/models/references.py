@@ -169,12 +169,14 @@ def attend(q, k, v, *, bias=None):
 
 
 def made_by_transformers(folder: Path, config: dict) -> Reference:
-    """A random checkpoint of a published config: the tensors as transformers writes them, config.json as given."""
+    """A random checkpoint of a published config: the tensors as transformers writes them, config.json as given. The
+    config.json that transformers writes, of today's keys, is read as the same."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     copy = json.loads(json.dumps(config))  # transformers changes the dicts that it is given
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy), attn_implementation="eager")
     randomize(model).save_pretrained(folder)
+    assert read_config(json.loads((folder / "config.json").read_text())) == read_config(config)
     (folder / "config.json").write_text(json.dumps(config))
     return of_transformers(model)
 

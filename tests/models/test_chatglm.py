@@ -221,6 +221,12 @@ def test_published_configs():
     assert weights["attention"]["qkv"]["weight"].shape == (4096 + 2 * 2 * 128, 4096)
 
 
+def test_positions_divided_as_chatglm2_32k_does_by_an_override():
+    scaling = {"type": "linear", "factor": 16}
+    rope = read_config(CHATGLM3_6B | {"rope_ratio": 1, "rope_scaling": scaling}).rope
+    assert (rope.rope_type, rope.factor, rope.theta, rope.rotary_dim) == ("linear", 16.0, 1e4, 64)
+
+
 BAD = {
     "missing": ({"num_layers": None, "num_hidden_layers": None}, "num_layers is missing"),
     "family's name": ({"kv_channels": 0}, "kv_channels=0 must be an integer >= 1"),

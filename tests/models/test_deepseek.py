@@ -1,10 +1,14 @@
 """DeepSeek-V2 and V3 against transformers."""
 
+import json
+
+import ml_dtypes
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+import safetensors.numpy  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from jaxllm.models import read_config  # noqa: E402
@@ -143,6 +147,73 @@ def test_batched(variant, tmp_path):
     reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
     network, params = ref.open_checkpoint(tmp_path)
     ref.check_batched(network, params, reference, [ref.prompt(length, 96) for length in (12, 19, 11)])
+
+
+# With the published quantization_config. No size is a multiple of a block's, nor, for gate and up, of a tile's.
+FP8_V3 = TINY_V3 | {
+    "hidden_size": 160,
+    "intermediate_size": 136,
+    "moe_intermediate_size": 136,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+}
+FLOATS_IN_V3 = ("norm", "embed_tokens", "lm_head", "mlp.gate.", "eh_proj", "shared_head")
+
+
+def as_fp8_blocks(weight):
+    """(e4m3 codes, weight_scale_inv, the values that they mean), by the rules of the published convert.py."""
+    rows, columns = (-(-size // 128) for size in weight.shape)
+    codes, scales = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn), np.zeros((rows, columns), np.float32)
+    values = np.zeros(weight.shape, np.float32)
+    for i in range(rows):
+        for j in range(columns):
+            block = np.s_[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
+            scales[i, j] = np.abs(weight[block]).max() / 448
+            codes[block] = (weight[block] / scales[i, j]).astype(codes.dtype)
+            values[block] = codes[block].astype(np.float32) * scales[i, j]
+    return codes, scales, values
+
+
+def make_fp8_checkpoint(folder):
+    """V3 as published, experts and the layer that predicts a second token in fp8 too; returns transformers' model of
+    the values."""
+    from transformers import AutoModelForCausalLM
+
+    floats = folder / "floats"
+    ref.made_by_transformers(floats, {key: FP8_V3[key] for key in FP8_V3 if key != "quantization_config"})
+    values = safetensors.numpy.load_file(floats / "model.safetensors")
+    of_last = {name.replace("layers.1.", "layers.2."): value for name, value in values.items() if "layers.1." in name}
+    ones = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")
+    tensors = {f"model.layers.2.{name}.weight": np.ones(2, np.float32) for name in ones}
+    for name, value in (values | of_last).items():
+        if value.ndim == 2 and not any(part in name for part in FLOATS_IN_V3):
+            tensors[name], tensors[f"{name}_scale_inv"], values[name] = as_fp8_blocks(value)
+        else:
+            tensors[name] = value
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(FP8_V3))
+    kept = {name: value for name, value in values.items() if "layers.2." not in name}
+    safetensors.numpy.save_file(kept, floats / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32, attn_implementation="eager")
+    return ref.of_transformers(model.eval()), tensors
+
+
+def test_fp8_as_published(tmp_path):
+    reference, tensors = make_fp8_checkpoint(tmp_path)
+    names = """self_attn.q_a_proj self_attn.q_b_proj self_attn.kv_a_proj_with_mqa self_attn.kv_b_proj self_attn.o_proj
+        mlp.shared_experts.gate_proj mlp.experts.0.gate_proj mlp.experts.7.up_proj mlp.experts.7.down_proj"""
+    assert {f"model.layers.1.{name}.weight_scale_inv" for name in names.split()} <= tensors.keys()
+    assert "model.layers.1.mlp.gate.weight_scale_inv" not in tensors
+    network, params = ref.open_checkpoint(tmp_path)
+    layer = params["layers"]["1"]
+    experts = layer["mlp"]["experts"]
+    assert experts["gate_up"]["weight"]["codes"].shape == (8, -(-2 * 136 // 64), 2, 16, 128)  # four codes in each i32
+    assert layer["attention"]["kv_b"]["weight"].dtype == np.float32  # see docs/quantization.md
+    ref.check_alone(network, params, reference, ref.prompt(19, 96))
 
 
 @pytest.mark.slow

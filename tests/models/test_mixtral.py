@@ -1,5 +1,7 @@
 """Mixtral, Qwen2-MoE and Qwen3-MoE against transformers, and what a mixture of experts owes its tokens."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,9 @@ torch = pytest.importorskip("torch")
 
 from safetensors import safe_open  # noqa: E402
 
+from jaxllm.inspection import count_parameters  # noqa: E402
 from jaxllm.models import CheckpointError, load_params, read_config, save_checkpoint  # noqa: E402
+from jaxllm.models.registry import quantized  # noqa: E402
 from tests.models import references as ref  # noqa: E402
 from tests.models.stepping import Stepper  # noqa: E402
 
@@ -175,6 +179,23 @@ def test_published_configs():
     )
     assert (qwen3.attention_bias, qwen3.shared_expert_size) == (False, 0)
     assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.shared_expert_size) == (True, False, 5632)
+
+
+def test_published_size_in_four_bits():
+    """Experts are nearly all of it: 16 GiB rather than 57."""
+    network = ref.build(quantized(read_config(QWEN3_30B_A3B), "int4"), "bfloat16")
+    assert count_parameters(network) == 30_532_122_624
+    num_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in network.specs.values())
+    assert num_bytes < 0.29 * 2 * 30_532_122_624
+
+
+@pytest.mark.parametrize("published", [MIXTRAL_8X7B, QWEN3_30B_A3B])
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])  # transformers 5 writes the second for both
+def test_either_name_of_the_number_of_experts(published, key):
+    others = {name: value for name, value in published.items() if name not in ("num_experts", "num_local_experts")}
+    assert read_config(others | {key: 24}).num_experts == 24
+    with pytest.raises(ValueError, match=f"{key}=0 must be an integer"):
+        read_config(others | {key: 0})
 
 
 BAD = {

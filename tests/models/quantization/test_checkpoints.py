@@ -23,6 +23,13 @@ CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
@@ -111,7 +118,7 @@ def load(folder, dtype="float32"):
     return network, load_params(network, folder, progress=False)
 
 
-def logits_and_tokens(network, params, count=6):
+def logits_and_tokens(network, params, count=24):
     stepper = Stepper(network, params)
     row = stepper.add(list(range(3, 20)))
     logits = stepper.step({row: 17})[row]
@@ -146,6 +153,45 @@ def test_biases_of_quantized_layers(tmp_path):
     assert_same(load(tmp_path), reference)
 
 
+# As published, scaled down, in float32. AutoGPTQ wrote a bias for every layer.
+QWEN15_7B_CHAT = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_sliding_window": False,
+}
+QWEN15_GPTQ = {
+    "bits": 4,
+    "damp_percent": 0.01,
+    "desc_act": False,
+    "group_size": 128,
+    "model_file_base_name": "model",
+    "model_name_or_path": None,
+    "quant_method": "gptq",
+    "static_groups": False,
+    "sym": True,
+    "true_sequential": True,
+}
+
+
+def test_qwen15_7b_chat_gptq_int4(tmp_path):
+    options = {"group_size": 128}
+    reference = write(tmp_path, QWEN15_GPTQ, formats.gptq, options, **QWEN15_7B_CHAT)
+    layers = {"self_attn.o_proj": 128, "mlp.gate_proj": 256, "mlp.up_proj": 256, "mlp.down_proj": 128}
+    biases = {f"model.layers.0.{name}.bias": np.zeros(size, np.float16) for name, size in layers.items()}
+    rewrite(tmp_path, lambda tensors: tensors.update(biases))
+    network, params = load(tmp_path)
+    assert set(params["layers"]["0"]["attention"]["qkv"]) == {"weight", "bias"}
+    assert_same((network, params), reference)
+
+
 def test_layers_that_are_not_converted(tmp_path):
     name = "model.layers.0.mlp.down_proj"
     kept = FP8 | {"modules_to_not_convert": [name, "lm_head"]}
@@ -165,9 +211,9 @@ def test_sixteen_bit_network_stays_near(tmp_path):
     assert np.abs(logits - expected).max() < 0.1 * expected.std()
 
 
-def test_random_weights_fit_the_declarations(tmp_path):
-    for quantization in (GPTQ | {"sym": False, "desc_act": True}, FP8_BLOCK, W8A8):
-        network = build(read_config(CONFIG | {"quantization_config": quantization}))
+def test_random_weights_fit_the_declarations():
+    for quantization, config in ((GPTQ | {"sym": False, "desc_act": True}, MOE), (FP8_BLOCK, {}), (W8A8, {})):
+        network = build(read_config(CONFIG | config | {"quantization_config": quantization}))
         params = network.init(jax.random.key(0))
         check_params(network, params)
         logits, _ = logits_and_tokens(network, params, count=1)
@@ -231,12 +277,6 @@ def test_tensors_that_do_not_fit_the_config(case, tmp_path):
         assert text in str(error.value)
 
 
-def test_zero_biases_of_old_gptq_checkpoints_are_ignored(tmp_path):
-    reference = write(tmp_path, *VARIANTS["gptq"])
-    rewrite(tmp_path, lambda tensors: tensors.update({f"{Q}.bias": np.zeros(128, np.float16)}))
-    assert_same(load(tmp_path), reference)
-
-
 def test_sizes_that_no_tensor_holds():
     with pytest.raises(ValueError, match=r"down_proj \[128, 100\].*100 inputs must be a multiple of 8"):
         build(read_config(CONFIG | {"intermediate_size": 100, "quantization_config": W4A16}))
@@ -244,23 +284,30 @@ def test_sizes_that_no_tensor_holds():
 
 def test_parts_of_a_merged_layer_must_be_alike():
     quantization = W8A8 | {"ignore": ["lm_head", "re:.*q_proj"]}
-    with pytest.raises(ValueError, match=r"q_proj, .*k_proj, .*v_proj are one weight here"):
+    with pytest.raises(ValueError, match=r"q_proj and .*k_proj are parts of one weight here"):
         build(read_config(CONFIG | {"quantization_config": quantization}))
 
 
-MOE = {
-    "architectures": ["Qwen2MoeForCausalLM"],
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 128,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-}
-
-
-@pytest.mark.parametrize("variant", ["gptq desc_act", "fp8 blocks"])
-def test_experts_become_floats_while_loading(variant, tmp_path):
+@pytest.mark.parametrize("variant", ["gptq desc_act", "awq", "fp8 blocks", "w8a8"])
+def test_experts_stay_packed(variant, tmp_path):
     reference = write(tmp_path, *VARIANTS[variant], **MOE)
     network, params = load(tmp_path)
-    assert params["layers"]["0"]["mlp"]["experts"]["down"]["weight"].dtype == np.float32
-    assert "codes" in params["layers"]["0"]["mlp"]["shared"]["down"]["weight"]
+    check_params(network, params)
+    experts = params["layers"]["0"]["mlp"]["experts"]
+    packed = sum(array.nbytes for array in jax.tree.leaves(experts))
+    assert packed < 0.6 * 4 * (3 * 64 * 128) * 4  # of float32; a width of 64 is padded to 128 columns
     assert_same((network, params), reference)
+
+
+def test_experts_must_be_quantized_alike():
+    quantization = W8A8 | {"ignore": ["lm_head", "re:.*experts.2.up_proj", "re:.*gate$"]}
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj and .*experts\.2\.up_proj are parts of one weight"):
+        build(read_config(CONFIG | MOE | {"quantization_config": quantization}))
+
+
+def test_a_tensor_that_an_expert_lacks(tmp_path):
+    write(tmp_path, *VARIANTS["gptq"], **MOE)
+    name = "model.layers.0.mlp.experts.3.down_proj.scales"
+    rewrite(tmp_path, lambda tensors: remove(tensors, name))
+    with pytest.raises(CheckpointError, match=f"missing: {name}"):
+        load(tmp_path)

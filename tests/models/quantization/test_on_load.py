@@ -12,7 +12,7 @@ from jaxllm.models import build, load_params, read_config, registry, save_checkp
 from jaxllm.models.lora import Adapter
 from jaxllm.models.quantization import choose
 from jaxllm.models.quantization.scheme import dequantize
-from tests.models.quantization.test_checkpoints import CONFIG, assert_same
+from tests.models.quantization.test_checkpoints import CONFIG, MOE, assert_same
 
 
 def rounded(weight, method):
@@ -51,21 +51,21 @@ def test_rows_of_zeros_stay_zeros(method):
     assert np.all(dequantize(given, layout) == 0)
 
 
-def folder_of(tmp_path):
-    network = build(read_config(CONFIG | {"initializer_range": 0.1}))
+def folder_of(tmp_path, **config):
+    network = build(read_config(CONFIG | {"initializer_range": 0.1} | config))
     save_checkpoint(network, network.init(jax.random.key(0)), tmp_path)
     return network, tmp_path
 
 
-@pytest.mark.parametrize("method", ["int8", "fp8", "int4"])
-def test_network_computes_with_the_rounded_values(method, tmp_path):
-    floats, folder = folder_of(tmp_path)
+@pytest.mark.parametrize(("method", "config"), [("int8", {}), ("fp8", {}), ("int4", {}), ("int4", MOE)])
+def test_network_computes_with_the_rounded_values(method, config, tmp_path):
+    floats, folder = folder_of(tmp_path, **config)
     network = build(registry.quantized(floats.config, method))
     params = load_params(network, folder, progress=False)
     assert params["lm_head"]["weight"].dtype == np.float32  # the output head stays as it is
     values = load_file(folder / "model.safetensors")
     for name, value in values.items():
-        if ".layers." in name and "norm" not in name:
+        if ".layers." in name and value.ndim == 2 and not name.endswith("gate.weight"):  # routers' stay
             given, layout = rounded(value, method)
             values[name] = dequantize(given, layout)
     (folder / "rounded").mkdir()
