@@ -290,7 +290,7 @@ def _load(sizes, slot, warpgroup, shared):
     """A step's words, and a list of scales and of zeros of its groups, from shared memory."""
     words = unpack.load_words(shared.codes.at[slot, warpgroup])
     groups = range(sizes.groups)
-    unit = unpack.unit(sizes.format, sizes.interpret)
+    unit = unpack.unit(sizes.format, sizes.dtype, sizes.interpret)
     scales = [_by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) * (1 / unit) for group in groups]
     if not sizes.has_zeros:
         return words, scales, None

@@ -444,7 +444,8 @@ def _values(sizes, shared, slot, warpgroup):
 
 
 def _scales(sizes, ref):
-    return _by_row(ref).astype(jnp.float32) * (1 / unpack.unit(sizes.format, sizes.interpret))
+    unit = 1.0 if sizes.quantized else unpack.unit(sizes.format, sizes.dtype, sizes.interpret)
+    return _by_row(ref).astype(jnp.float32) * (1 / unit)
 
 
 def _by_row(ref):
