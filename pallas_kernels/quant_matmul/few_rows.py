@@ -14,7 +14,7 @@ bits a weight are 7 us of an H200's bandwidth where the matrix is 14336 x 4096, 
 - Activations come with the words of the first 64 rows that they are multiplied with, and stay. All of them at once
   would be waited for: 16 rows of 4096 are 128 KB for each multiprocessor.
 - Products are those of single warps (mma, not wgmma): nothing is waited for but the operands, so that a warp's
-  conversions and another's products overlap. 64 x 128 weights of 4 bits are 139 instructions for each of 4 warps, 72
+  conversions and another's products overlap. 64 x 128 weights of 4 bits are 140 instructions for each of 4 warps, 72
   of them to convert; 54 such tiles on each multiprocessor, which issues 4 a cycle, are 4 us of the 7.
 - The warpgroups' sums meet in shared memory, and one of these writes them.
 """
