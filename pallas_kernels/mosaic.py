@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 __all__ = [
     "add_product",
+    "copy_by_warpgroup",
     "copy_by_warps",
     "kernel",
     "num_multiprocessors",
@@ -28,6 +29,7 @@ __all__ = [
     "store_sums",
     "unsupported",
     "wait_for_copies",
+    "wait_for_warpgroup",
 ]
 
 
@@ -176,6 +178,47 @@ def copy_by_warps(words, lines, part, wanted) -> None:
         _act("cp.async.commit_group;", [], "")
 
     copy(*[ref for pair in pairs for ref in pair], part, wanted.astype(jnp.int32))
+
+
+def copy_by_warpgroup(source, target, wanted) -> None:
+    """Begins to copy from global to shared memory, if `wanted`, a scalar; a part of the next call of `copy_by_warps`.
+
+    Every thread copies for all of its warpgroup: after `wait_for_copies` comes `wait_for_warpgroup`.
+
+    Args:
+      source, target: references to [rows, columns] of 16 bits, rows 16-byte aligned; columns is 128, 256 or 512.
+    """
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), scalar))
+    def copy(_, source, target, wanted):
+        i32 = ir.IntegerType.get_signless(32)
+        wanted = arith.cmpi(arith.CmpIPredicate.ne, wanted.registers.item(), mgpu.c(0, i32))
+        rows, columns = source.type.shape
+        pieces = columns // 8  # of 16 bytes, in a row
+        thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
+        row, piece = (f(thread, mgpu.c(pieces, i32)) for f in (arith.divui, arith.remui))
+        piece = arith.muli(piece, mgpu.c(16, i32))
+        for first in range(0, rows, 128 // pieces):
+            own = arith.addi(row, mgpu.c(first, i32))
+            there = arith.andi(wanted, arith.cmpi(arith.CmpIPredicate.ult, own, mgpu.c(rows, i32)))
+            start, end = (
+                arith.addi(arith.muli(own, mgpu.c(2 * ref.type.get_strides_and_offset()[0][0], i32)), piece)
+                for ref in (source, target)
+            )
+            _copy_pieces(source, target, start, end, [0], there)
+
+    copy(source, target, wanted.astype(jnp.int32))
+
+
+def wait_for_warpgroup() -> None:
+    """Waits for all threads of the warpgroup, and has what they wrote seen."""
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        mgpu.warpgroup_barrier()
+
+    wait()
 
 
 def _lane_and_warp():

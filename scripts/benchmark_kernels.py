@@ -12,7 +12,6 @@ many of them.
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import statistics
 import time
@@ -499,9 +498,8 @@ def other_quant_configs(spec: QuantSpec, weight: QuantizedWeight) -> list[Any]:
     """All that fit but the default."""
     default = quant_kernel.default_config(weight, spec.batch)
     configs = []
-    for warpgroups, step_tiles in itertools.product((2, 3, 4), (1, 2, 4)):
-        config = dataclasses.replace(default, warpgroups=warpgroups, step_tiles=step_tiles)
-        config = quant_kernel.with_stages(weight, config)
+    for warpgroups in (2, 3, 4):
+        config = quant_kernel.with_stages(weight, dataclasses.replace(default, warpgroups=warpgroups))
         if config != default and quant_kernel.fits(weight, config):
             configs.append(config)
     few = few_rows.default_config(weight, spec.batch)

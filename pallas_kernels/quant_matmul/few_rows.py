@@ -11,9 +11,10 @@ bits a weight are 7 us of an H200's bandwidth where the matrix is 14336 x 4096, 
   waits for nobody, there is nothing to set up first, and the first instructions ask for all that should be under way:
   4.3 TB/s for 1 us are 33 KB for each of 132 multiprocessors; it is 96 KB, for a CTA's first wait is its longest.
   CTAs with less to do than others cost little then: those that go on have enough under way for the whole bandwidth.
-- Activations come by copies of whole rows while the first words are under way.
+- Activations come with the words of the first 64 rows that they are multiplied with, and stay. All of them at once
+  would be waited for: 16 rows of 4096 are 128 KB for each multiprocessor.
 - Products are those of single warps (mma, not wgmma): nothing is waited for but the operands, so that a warp's
-  conversions and another's products overlap. 64 x 128 weights of 4 bits are 139 instructions for each of 4 warps, 72
+  conversions and another's products overlap. 64 x 128 weights of 4 bits are 140 instructions for each of 4 warps, 72
   of them to convert; 54 such tiles on each multiprocessor, which issues 4 a cycle, are 4 us of the 7.
 - The warpgroups' sums meet in shared memory, and one of these writes them.
 """
@@ -36,8 +37,6 @@ MAX_ROWS = 16
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 # A number for each row of the weight, with the threads that have the row's sums.
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
-# Makes of a copy one of a line of bytes, which needs no description of the array, and may be long.
-_IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 _COMPILERS = 6144  # bytes of shared memory that it takes or leaves between arrays, at most
 _PAD = 8  # elements after a row of activations, which puts rows into different banks
 
@@ -183,7 +182,6 @@ class _Shared(NamedTuple):
     scales: object
     zeros: object | None
     sums: object
-    x_full: object
     full: object
     empty: object
 
@@ -198,7 +196,6 @@ def _scratch(sizes, weight):
         scales=plgpu.SMEM(groups, weight.scales.dtype),
         zeros=plgpu.SMEM(groups, weight.zeros.dtype) if sizes.has_zeros else None,
         sums=plgpu.SMEM((config.warpgroups, TILE_ROWS, sizes.tile_batch), jnp.float32),
-        x_full=plgpu.Barrier(num_arrivals=sizes.batch),
         full=plgpu.Barrier(num_arrivals=config.warpgroups),
         empty=plgpu.Barrier(),
     )
@@ -213,47 +210,55 @@ def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
     window = jnp.minimum(lax.div(part * sizes.steps, jnp.int32(config.split)), sizes.steps - sizes.window)
     count = lax.div(sizes.units - 1 - cta, jnp.int32(config.num_ctas)) + 1
 
-    def ask(slot, number, step):
+    def x_of(step):
+        return shared.x.at[:, pl.ds((step - window) * sizes.columns, sizes.columns)]
+
+    def ask(slot, number, step, with_x):
         """Has a step of the CTA's `number`-th unit copied, and says which one comes next."""
+        if with_x:
+            columns = pl.ds(step * sizes.columns, sizes.columns)
+            _copy_activations(sizes, number == 0, x_ref.at[:, columns], x_of(step))
         wanted = number < count
         unit = jnp.where(wanted, cta + number * config.num_ctas, 0)
         _copy(sizes, slot, warpgroup, wanted, unit, step, codes_ref, scales_ref, zeros_ref, shared)
         last = step + 1 == stop
         return jnp.where(last, number + 1, number), jnp.where(last, first, step + 1)
 
-    def add_step(step, state):
+    def add_step(step, state, with_x):
         acc, slot, ahead = state
         if not sizes.interpret:
             mosaic.wait_for_copies(but=config.stages - 1)
+            if with_x:
+                mosaic.wait_for_warpgroup()
         loaded = _load(sizes, slot, warpgroup, shared)
-        ahead = ask(slot, *ahead)
-        x = shared.x.at[:, pl.ds((step - window) * sizes.columns, sizes.columns)]
-        return _add_step(sizes, x, loaded, acc), jnp.where(slot + 1 == config.stages, 0, slot + 1), ahead
+        ahead = ask(slot, *ahead, with_x)
+        acc = _add_step(sizes, x_of(step), loaded, acc)
+        return acc, jnp.where(slot + 1 == config.stages, 0, slot + 1), ahead
 
-    def multiply_unit(number, state):
-        acc, *state = lax.fori_loop(first, stop, add_step, (_no_sums(sizes), *state))
+    def multiply_unit(number, state, with_x=False):
+        add = functools.partial(add_step, with_x=with_x)
+        acc, *state = lax.fori_loop(first, stop, add, (_no_sums(sizes), *state))
         rows = pl.ds((cta + number * config.num_ctas) * config.rows, config.rows)
         _store(sizes, warpgroup, number, count, acc, shared, out_ref.at[part, :, rows])
         return tuple(state)
 
     ahead = jnp.int32(0), first
     for slot in range(config.stages):
-        ahead = ask(slot, *ahead)
-    _copy_activations(sizes, warpgroup, window, x_ref, shared)
-    lax.fori_loop(0, count, multiply_unit, (jnp.int32(0), ahead))
+        ahead = ask(slot, *ahead, with_x=True)
+    # Activations stay, and come step by step with the first unit's words.
+    state = multiply_unit(jnp.int32(0), (jnp.int32(0), ahead), with_x=True)
+    lax.fori_loop(1, count, multiply_unit, state)
 
 
-def _copy_activations(sizes, warpgroup, window, x_ref, shared):
-    """Those of the CTA's columns. Warpgroups take turns at the rows, for to begin a copy takes some time."""
-    columns = pl.ds(window * sizes.columns, sizes.window * sizes.columns)
-    for row in range(sizes.batch):
+def _copy_activations(sizes, wanted, source, target):
+    """Begins to copy those of a step."""
+    if not sizes.interpret:
+        mosaic.copy_by_warpgroup(source, target, wanted)
+        return
 
-        @pl.when(warpgroup == row % sizes.config.warpgroups)
-        def _(row=row):
-            target = shared.x.at[row, pl.ds(0, sizes.window * sizes.columns)]
-            plgpu.copy_gmem_to_smem(x_ref.at[row, columns], target, shared.x_full, oob_mode=_IN_BOUNDS)
-
-    plgpu.barrier_wait(shared.x_full)
+    @pl.when(wanted)
+    def _():
+        target[...] = source[...]
 
 
 def _copy(sizes, slot, warpgroup, wanted, unit, step, codes_ref, scales_ref, zeros_ref, shared):
@@ -285,7 +290,7 @@ def _load(sizes, slot, warpgroup, shared):
     """A step's words, and a list of scales and of zeros of its groups, from shared memory."""
     words = unpack.load_words(shared.codes.at[slot, warpgroup])
     groups = range(sizes.groups)
-    unit = unpack.unit(sizes.format, sizes.interpret)
+    unit = unpack.unit(sizes.format, sizes.dtype, sizes.interpret)
     scales = [_by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) * (1 / unit) for group in groups]
     if not sizes.has_zeros:
         return words, scales, None

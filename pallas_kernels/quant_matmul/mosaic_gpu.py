@@ -6,8 +6,8 @@ values of 16 bits. A group's products are summed apart and scaled in float32, so
 that they are. Activations of the batch lie in shared memory. Where these are quantized too, words go to wgmma as they
 are, and the activations' columns are reordered to match.
 
-The matrix is cut into *blocks* of 64 rows for each of the warpgroups that compute, and these into *steps* of some tiles
-of columns. All steps, ordered by block and then column, are dealt out in equal shares to a fixed number of CTAs
+The matrix is cut into *blocks* of 64 rows for each of the warpgroups that compute, and these into *steps* of 128
+columns. All steps, ordered by block and then column, are dealt out in equal shares to a fixed number of CTAs
 ("Stream-K", Osama et al., 2023). Who has a part of a block is known beforehand, so no CTA waits for another: a block's
 parts lie in as many *slots* of the output, in float32, and XLA adds these where the product is used, in a kernel that
 is there anyway. In a CTA one more warpgroup copies to shared memory and runs ahead.
@@ -44,7 +44,6 @@ class Config:
 
     Attributes:
       warpgroups: that compute, 2 to 4; each has 64 rows of the weight.
-      step_tiles: tiles of 128 columns in a step; divides the weight's.
       stages: steps under way in a CTA.
       num_ctas: shares that the weight is cut into, for each tile of the batch.
       tile_batch: rows of activations that a CTA takes at most, a multiple of 8.
@@ -53,7 +52,6 @@ class Config:
     """
 
     warpgroups: int
-    step_tiles: int
     stages: int
     num_ctas: int
     tile_batch: int = 128
@@ -81,7 +79,7 @@ def default_config(weight: QuantizedWeight, batch: int) -> Config:
     # Slots are read and written in float32: worth it for a small output, or if most multiprocessors had nothing to do.
     split = batch <= 64 or blocks < ctas / 2
     num_ctas = max(1, min(ctas, blocks * C if split else blocks))
-    return with_stages(weight, Config(warpgroups, 1, 0, num_ctas, tile_batch, split))
+    return with_stages(weight, Config(warpgroups, 0, num_ctas, tile_batch, split))
 
 
 def with_stages(weight: QuantizedWeight, config: Config) -> Config:
@@ -91,16 +89,15 @@ def with_stages(weight: QuantizedWeight, config: Config) -> Config:
 
 
 def fits(weight: QuantizedWeight, config: Config) -> bool:
-    """Whether the weight can be cut so, in shared memory and registers."""
+    """Whether shared memory and registers have room."""
     sums = config.tile_batch // 2 * (1 if weight.group_size == -1 else 2)
-    in_registers = sums + 64 <= _REGISTERS[config.warpgroups]
-    return config.stages >= 2 and weight.codes.shape[1] % config.step_tiles == 0 and in_registers
+    return config.stages >= 2 and sums + 64 <= _REGISTERS[config.warpgroups]
 
 
 def _stage_bytes(weight, config):
     """Of codes, activations, scales and zeros of a step, and their barriers."""
     tile = KINDS[weight.format].words * 512 + 64 * _groups_in_tile(weight) * 8
-    return config.step_tiles * (config.warpgroups * tile + 2 * TILE_COLUMNS * config.tile_batch) + 16
+    return config.warpgroups * tile + 2 * TILE_COLUMNS * config.tile_batch + 16
 
 
 def _shared_bytes(config):
@@ -191,11 +188,6 @@ class _Sizes(NamedTuple):
     interpret: bool
 
     @property
-    def columns(self):
-        """Of a step."""
-        return self.config.step_tiles * TILE_COLUMNS
-
-    @property
     def span(self):
         """Columns that are multiplied at once."""
         return TILE_COLUMNS // max(1, self.groups)
@@ -208,13 +200,11 @@ class _Sizes(NamedTuple):
 
 def _sizes(x, weight, out_dtype, config, interpret):
     tiles, column_tiles = weight.codes.shape[:2]
-    if column_tiles % config.step_tiles:
-        raise ValueError(f"step_tiles {config.step_tiles} must divide the weight's {column_tiles} tiles of columns")
     batch = x.shape[0]
     tile_batch = min(config.tile_batch, batch + -batch % 8)
     return _Sizes(
         config=config, format=weight.format, dtype=x.dtype, out_dtype=out_dtype, tiles=tiles,
-        blocks=-(-tiles // config.warpgroups), steps=column_tiles // config.step_tiles, groups=_groups_in_tile(weight),
+        blocks=-(-tiles // config.warpgroups), steps=column_tiles, groups=_groups_in_tile(weight),
         has_zeros=weight.zeros is not None, batch=batch, tile_batch=tile_batch, batch_tiles=-(-batch // tile_batch),
         interpret=interpret,
     )  # fmt: skip
@@ -274,15 +264,15 @@ class _Shared(NamedTuple):
 
 def _scratch(sizes, weight):
     config = sizes.config
-    warpgroups, stages, tiles = config.warpgroups, config.stages, config.step_tiles
+    warpgroups, stages = config.warpgroups, config.stages
     itemsize = jnp.dtype(sizes.dtype).itemsize
     line = min(128 // itemsize, sizes.span)
     swizzled = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(line * itemsize))
-    grouped = (stages, warpgroups, tiles * sizes.groups, TILE_ROWS)
+    grouped = (stages, warpgroups, sizes.groups, TILE_ROWS)
     copies = 1 + warpgroups * (1 + (sizes.groups > 0) + sizes.has_zeros)
     return _Shared(
-        x=plgpu.SMEM((stages, sizes.tile_batch, sizes.columns), sizes.dtype, transforms=swizzled),
-        codes=plgpu.SMEM((stages, warpgroups, tiles, *weight.codes.shape[2:]), jnp.int32),
+        x=plgpu.SMEM((stages, sizes.tile_batch, TILE_COLUMNS), sizes.dtype, transforms=swizzled),
+        codes=plgpu.SMEM((stages, warpgroups, *weight.codes.shape[2:]), jnp.int32),
         scales=plgpu.SMEM(grouped, weight.scales.dtype) if sizes.groups else None,
         zeros=plgpu.SMEM(grouped, jnp.bfloat16) if sizes.has_zeros else None,
         values=plgpu.SMEM((warpgroups, TILE_ROWS, sizes.span), sizes.dtype, transforms=swizzled)
@@ -350,7 +340,6 @@ def _kernel(sizes, x_ref, x_scales_ref, codes_ref, scales_ref, zeros_ref, out_re
 def _copy(sizes, index, batch_tile, x_ref, codes_ref, scales_ref, zeros_ref, shared):
     """Brings the steps of the share, one after the other, as stages become free."""
     config = sizes.config
-    groups = config.step_tiles * sizes.groups
     first, count = _Shares(sizes).first_and_count(index)
 
     def copy(i, _):
@@ -366,14 +355,13 @@ def _copy(sizes, index, batch_tile, x_ref, codes_ref, scales_ref, zeros_ref, sha
         for w in range(config.warpgroups):
             # A last block may lack tiles: the last one again, and what comes of it is not stored.
             tile = jnp.minimum(block * config.warpgroups + w, sizes.tiles - 1)
-            tiles = pl.ds(k * config.step_tiles, config.step_tiles)
-            plgpu.copy_gmem_to_smem(codes_ref.at[tile, tiles], shared.codes.at[slot, w], full)
+            plgpu.copy_gmem_to_smem(codes_ref.at[tile, k], shared.codes.at[slot, w], full)
             if sizes.groups:
-                at = pl.ds(k * groups, groups)
+                at = pl.ds(k * sizes.groups, sizes.groups)
                 plgpu.copy_gmem_to_smem(scales_ref.at[tile, at], shared.scales.at[slot, w], full)
                 if sizes.has_zeros:
                     plgpu.copy_gmem_to_smem(zeros_ref.at[tile, at], shared.zeros.at[slot, w], full)
-        rows, columns = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch), pl.ds(k * sizes.columns, sizes.columns)
+        rows, columns = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch), pl.ds(k * TILE_COLUMNS, TILE_COLUMNS)
         plgpu.copy_gmem_to_smem(x_ref.at[rows, columns], shared.x.at[slot], full)
 
     lax.fori_loop(0, count, copy, None)
@@ -417,49 +405,47 @@ def _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_
 
 
 def _add_step(sizes, warpgroup, shared, count, x_scales_of, block_start, i, acc):
-    """Adds the products of a step's tiles to acc, float32 [64, tile_batch]. The block starts with step block_start."""
-    config = sizes.config
-    slot = lax.rem(i, jnp.int32(config.stages))
+    """Adds the products of a step to acc, float32 [64, tile_batch]. The block starts with step block_start."""
+    stages = sizes.config.stages
+    slot = lax.rem(i, jnp.int32(stages))
     x_scales = None
     if sizes.quantized and sizes.groups:  # asked for before the wait
-        x_scales = [x_scales_of((i - block_start) * config.step_tiles + tile) for tile in range(config.step_tiles)]
+        x_scales = x_scales_of(i - block_start)
     plgpu.barrier_wait(shared.full.at[slot])
-    for tile in range(config.step_tiles):
-        for part, values in enumerate(_values(sizes, shared, slot, warpgroup, tile)):
-            group = tile * sizes.groups + part
-            columns = pl.ds(tile * TILE_COLUMNS + part * sizes.span, sizes.span)
-            activations = shared.x.at[slot, :, columns].T
-            if not sizes.groups and not sizes.quantized:
-                acc = _product(sizes, values, activations, warpgroup, shared, acc)
-                continue
-            # Sums of fp8 products have few bits in the tensor cores: no more than a tile's are left to them.
-            scales = _scales(sizes, shared.scales.at[slot, warpgroup, group]) if sizes.groups else None
-            product = _product(sizes, values, activations, warpgroup, shared).astype(jnp.float32)
-            if scales is not None:
-                product *= along_columns(scales, acc.shape)
-            acc += product if x_scales is None else product * x_scales[tile]
+    for group, values in enumerate(_values(sizes, shared, slot, warpgroup)):
+        activations = shared.x.at[slot, :, pl.ds(group * sizes.span, sizes.span)].T
+        if not sizes.groups and not sizes.quantized:
+            acc = _product(sizes, values, activations, warpgroup, shared, acc)
+            continue
+        # Sums of fp8 products have few bits in the tensor cores: no more than a tile's are left to them.
+        scales = _scales(sizes, shared.scales.at[slot, warpgroup, group]) if sizes.groups else None
+        product = _product(sizes, values, activations, warpgroup, shared).astype(jnp.float32)
+        if scales is not None:
+            product *= along_columns(scales, acc.shape)
+        acc += product if x_scales is None else product * x_scales
 
-    @pl.when(i + config.stages < count)
+    @pl.when(i + stages < count)
     def _():
         plgpu.barrier_arrive(shared.empty.at[slot])
 
     return acc
 
 
-def _values(sizes, shared, slot, warpgroup, tile):
-    """Of a tile: arrays [64, span]."""
-    words = unpack.load_words(shared.codes.at[slot, warpgroup, tile])
+def _values(sizes, shared, slot, warpgroup):
+    """Of a step: arrays [64, span]."""
+    words = unpack.load_words(shared.codes.at[slot, warpgroup])
     if sizes.quantized:
         return unpack.codes_of(words, sizes.format, sizes.dtype, sizes.span, sizes.interpret)
     zeros = None
     if sizes.has_zeros:
-        groups = range(tile * sizes.groups, (tile + 1) * sizes.groups)
+        groups = range(sizes.groups)
         zeros = [_by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype) for group in groups]
     return unpack.values_of(words, sizes.format, sizes.dtype, sizes.span, zeros, sizes.interpret)
 
 
 def _scales(sizes, ref):
-    return _by_row(ref).astype(jnp.float32) * (1 / unpack.unit(sizes.format, sizes.interpret))
+    unit = 1.0 if sizes.quantized else unpack.unit(sizes.format, sizes.dtype, sizes.interpret)
+    return _by_row(ref).astype(jnp.float32) * (1 / unit)
 
 
 def _by_row(ref):

@@ -47,5 +47,9 @@ SPECS = (
     *(Spec(f"llama3-8b up int4 g128 zeros b{batch}", "int4", 128, batch, zeros=True) for batch in (1, 16)),
     Spec("llama3-8b up int4 g32 b1", "int4", 32, 1),
     Spec("qwen2-7b down int4 g128 b1", "int4", 128, 1, 3584, 18944),
+    *(
+        Spec(f"qwen1.5-7b {name} int4 g128 b1", "int4", 128, 1, *shape)
+        for name, shape in {"qkv": (12288, 4096), "up": (22016, 4096), "down": (4096, 11008)}.items()
+    ),
     Spec("qwen2-0.5b qkv int4 g128 b1", "int4", 128, 1, 1152, 896),
 )

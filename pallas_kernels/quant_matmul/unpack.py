@@ -26,6 +26,7 @@ _NIBBLES = """
     fma.rn.{dtype}x2 $3, t, high, middle;
 """
 _NIBBLE_UNIT = 2.0**-9
+_BYTE_UNIT = 2.0**-6  # of int8 in bfloat16
 
 
 def _nibbles(dtype, centered):
@@ -44,42 +45,44 @@ def _nibbles(dtype, centered):
 
 
 def _of_bytes(instructions):
-    """PTX that makes a register of two bytes, four times. `{out}`, `{word}`, `{low}`: which."""
+    """PTX that makes a register of two bytes, four times. `{out}`, `{word}`, `{low}`: which; `{signed}` fills a
+    byte's other half with its sign."""
     each = [(0, 4, True), (1, 5, True), (2, 4, False), (3, 5, False)]
     registers = ".reg .b32 s, t, u;"
     return registers + "".join(
         instructions.format(
-            out=f"${out}", word=f"${word}", low="0x4140" if low else "0x4342", high="0x1404" if low else "0x3424"
+            out=f"${out}", word=f"${word}", low="0x4140" if low else "0x4342", signed="0x9180" if low else "0xb3a2"
         )
         for out, word, low in each
     )
 
 
-# A byte's low seven bits become the mantissa of 128 to 255; its sign, the exponent's lowest bit, of 128 or 256. Their
-# difference is the number.
-_INT8_BFLOAT16 = _of_bytes("""
-    prmt.b32 s, {word}, 0x43, {low};
-    and.b32 t, s, 0xff7fff7f;
-    and.b32 u, s, 0xff80ff80;
-    sub.bf16x2 {out}, t, u;
-""")
-# With its sign flipped a byte is 128 more, and the mantissa of 1024 has room for it.
+# With its sign flipped a byte is 128 more, and the lowest bits of a number that is denormal or the next larger ones.
+_INT8_BFLOAT16 = """
+    .reg .b32 large, middle;
+    mov.b32 large, 0x7f007f00;
+    mov.b32 middle, 0xc000c000;
+""" + _of_bytes("""
+    xor.b32 t, {word}, 0x80808080;
+    prmt.b32 s, t, 0, {low};
+    fma.rn.bf16x2 {out}, s, large, middle;
+""")  # 2^127, -2
+# Or the mantissa of 1024 has room for it.
 _INT8_FLOAT16 = _of_bytes("""
     xor.b32 t, {word}, 0x80808080;
     prmt.b32 {out}, t, 0x64, {low};
 """)
-# Exponent and mantissa move to where the wider type has them. Its exponent's offset is larger: see _corrected.
+# Sign, exponent and mantissa move to where the wider type has them. Its exponent's offset is larger: see _corrected.
 _FP8 = _of_bytes("""
-    prmt.b32 s, {word}, 0, {high};
-    shr.u32 t, s, SHIFT;
-    and.b32 t, t, MASK;
-    lop3.b32 {out}, s, 0x80008000, t, 0xea;
+    prmt.b32 s, {word}, 0, {signed};
+    shl.b32 t, s, SHIFT;
+    and.b32 {out}, t, MASK;
 """)
 _PTX = {
     ("int8", "bfloat16"): (_INT8_BFLOAT16, 2),
     ("int8", "float16"): (_INT8_FLOAT16, 2),
-    ("fp8", "bfloat16"): (_FP8.replace("SHIFT", "4").replace("MASK", "0x07f007f0"), 2),
-    ("fp8", "float16"): (_FP8.replace("SHIFT", "1").replace("MASK", "0x3f803f80"), 2),
+    ("fp8", "bfloat16"): (_FP8.replace("SHIFT", "4").replace("MASK", "0x87f087f0"), 2),
+    ("fp8", "float16"): (_FP8.replace("SHIFT", "7").replace("MASK", "0xbf80bf80"), 2),
 }
 
 
@@ -102,9 +105,13 @@ def codes_of(words, format, dtype, span, interpret):
     return mosaic.registers_of_words(words, "", 1, span, dtype)
 
 
-def unit(format: str, interpret: bool) -> float:
+def unit(format: str, dtype, interpret: bool) -> float:
     """What `values_of` returns for 1."""
-    return _NIBBLE_UNIT if format == "int4" and not interpret else 1.0
+    if interpret or format == "fp8":
+        return 1.0
+    if format == "int4":
+        return _NIBBLE_UNIT
+    return _BYTE_UNIT if dtype == jnp.bfloat16 else 1.0
 
 
 def values_of(words, format, dtype, span, zeros, interpret):
@@ -124,7 +131,7 @@ def values_of(words, format, dtype, span, zeros, interpret):
     if zeros is None:
         return arrays
     # A product by a power of two, which a number of few bits survives.
-    zeros = [zero * unit(format, interpret) for zero in zeros]
+    zeros = [zero * unit(format, dtype, interpret) for zero in zeros]
     return [values - along_columns(zero, values.shape) for values, zero in zip(arrays, zeros, strict=True)]
 
 

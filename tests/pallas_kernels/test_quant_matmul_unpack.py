@@ -9,16 +9,28 @@ import pytest
 from pallas_kernels.quant_matmul import unpack
 
 
+def constants(ptx, dtype):
+    """The 16-bit numbers that registers are set to, by name."""
+    found = re.findall(r"mov\.b32 (\w+), 0x[0-9a-f]{4}([0-9a-f]{4});", ptx)
+    return {name: np.uint16(int(bits, 16)).view(dtype).astype(np.float64) for name, bits in found}
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("middle", [8, 0])
 def test_a_nibble_is_the_bits_of_a_denormal_number(dtype, middle):
-    ptx = unpack._nibbles(jnp.dtype(dtype).name, centered=middle == 8)
-    constants = {
-        name: np.uint16(int(bits, 16)).view(dtype).astype(np.float64)
-        for name, bits in re.findall(r"mov\.b32 (\w+), 0x[0-9a-f]{4}([0-9a-f]{4});", ptx)
-    }
+    factors = constants(unpack._nibbles(jnp.dtype(dtype).name, centered=middle == 8), dtype)
     codes = np.arange(16, dtype=np.uint16)
     for factor, bits in (("low", codes), ("high", codes << 4)):
-        values = bits.view(dtype).astype(np.float64) * constants[factor] + constants["middle"]
-        np.testing.assert_array_equal(values / unpack.unit("int4", interpret=False), codes.astype(np.float64) - middle)
+        values = bits.view(dtype).astype(np.float64) * factors[factor] + factors["middle"]
+        wanted = codes.astype(np.float64) - middle
+        np.testing.assert_array_equal(values / unpack.unit("int4", dtype, interpret=False), wanted)
         np.testing.assert_array_equal(values, values.astype(dtype).astype(np.float64))
+
+
+def test_a_byte_is_the_bits_of_a_denormal_number():
+    factors = constants(unpack._INT8_BFLOAT16, jnp.bfloat16)
+    codes = np.arange(-128, 128)
+    bits = (codes.astype(np.int8).view(np.uint8) ^ 0x80).astype(np.uint16)
+    values = bits.view(jnp.bfloat16).astype(np.float64) * factors["large"] + factors["middle"]
+    np.testing.assert_array_equal(values / unpack.unit("int8", jnp.bfloat16, interpret=False), codes)
+    np.testing.assert_array_equal(values, values.astype(jnp.bfloat16).astype(np.float64))
