@@ -93,6 +93,9 @@ SUITES = {
 }
 
 
+ENGINE_OPTIONS = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
+
+
 def make_requests(workload: Workload, vocab_size: int, trace: str | None) -> list[Request]:
     rng = random.Random(0)
     if workload.trace:
@@ -110,14 +113,14 @@ def trace_lengths(path: str, count: int, rng: random.Random) -> list[tuple[int, 
     return rng.sample([(prompt, output) for prompt, output in rows if 0 < prompt <= 3000 and 8 <= output <= 800], count)
 
 
-def make_llm(suite: Suite, max_num_seqs: int | None, max_num_batched_tokens: int | None):
+def make_llm(suite: Suite, **options):
+    """`options` are LLM's."""
     from jaxllm import LLM
 
-    quantization = {} if suite.quantization is None else {"quantization": suite.quantization}
     return LLM(
         model_config(suite), load_format="dummy", dtype=suite.dtype, max_model_len=suite.max_model_len,
-        skip_tokenizer_init=True, enable_prefix_caching=False, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, use_tqdm_on_load=False, **quantization,
+        skip_tokenizer_init=True, enable_prefix_caching=False, use_tqdm_on_load=False,
+        quantization=suite.quantization, **options,
     )  # fmt: skip
 
 
@@ -200,7 +203,8 @@ def run_suite(name: str, args: argparse.Namespace) -> dict:
     suite = SUITES[name]
     rates = ceilings()
     start = time.perf_counter()
-    llm = make_llm(suite, args.max_num_seqs, args.max_num_batched_tokens)
+    options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
+    llm = make_llm(suite, **options)
     print(f"{name}: engine ready in {time.perf_counter() - start:.1f} s", flush=True)
     results = []
     for workload in suite.workloads:
@@ -236,28 +240,30 @@ START_UP = """
 import logging, sys; sys.path.insert(0, {scripts!r})
 logging.basicConfig(level=logging.WARNING); logging.getLogger("jaxllm").setLevel(logging.INFO)
 import benchmark_end_to_end as b
-llm = b.make_llm(b.SUITES[{name!r}], None, None)
+llm = b.make_llm(b.SUITES[{name!r}])
 from jaxllm import SamplingParams
 llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-print("first token", flush=True)
+import jax
+print("first token on", jax.devices()[0].device_kind, flush=True)
 """
 
 
 def measure_start_up(name: str) -> dict:
     """Seconds from a process's start to its first token, twice: the second finds the compilation cache filled."""
     code = START_UP.format(scripts=str(pathlib.Path(__file__).parent), name=name)
-    seconds = []
+    seconds, device = [], ""
     for _ in range(2):
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
-            if line.strip() == "first token":
+            if line.startswith("first token on "):
                 seconds.append(time.perf_counter() - start)
+                device = line.removeprefix("first token on ").strip()
         if process.wait():
             raise SystemExit(f"the engine did not start: exit status {process.returncode}")
     print(f"{name}: start-up {seconds[0]:.1f} s, with the cache {seconds[1]:.1f} s", flush=True)
-    return {"suite": name, "first": seconds[0], "with_cache": seconds[1]}
+    return {"suite": name, "device": device, "first": seconds[0], "with_cache": seconds[1]}
 
 
 def main() -> None:
@@ -266,8 +272,8 @@ def main() -> None:
     parser.add_argument("--start-up", action="store_true", help="measure the start of the engine instead")
     parser.add_argument("--azure-trace", help="CSV (or .csv.gz) of the Azure LLM inference trace 2023, conversations")
     parser.add_argument("--only", help="run the workloads alone whose name has this in it")
-    parser.add_argument("--max-num-seqs", type=int)
-    parser.add_argument("--max-num-batched-tokens", type=int)
+    for name in ENGINE_OPTIONS:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help="the engine's")
     parser.add_argument("--output-json")
     args = parser.parse_args()
     figures = measure_start_up(args.suite) if args.start_up else run_suite(args.suite, args)

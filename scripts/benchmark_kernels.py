@@ -12,6 +12,7 @@ many of them.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import time

@@ -103,8 +103,8 @@ def llms(tmp_path, monkeypatch):
         save_checkpoint(network, network.init(jax.random.key(0)), tmp_path)
         (tmp_path / "config.json").write_text(json.dumps(config))
         defaults = dict(
-            skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=256,
-            num_gpu_blocks_override=256, use_tqdm_on_load=False, enforce_eager=True,
+            skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=128,
+            num_gpu_blocks_override=256, use_tqdm_on_load=False, enforce_eager=True, num_scheduler_steps=1,
         )  # fmt: skip
         return tuple(LLM(backend, monkeypatch, tmp_path, **(defaults | fields)) for backend in (None, "reference"))
 
