@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import benchmark_report
@@ -196,7 +197,8 @@ def floor_seconds(llm, requests: list[Request], rates: dict[str, float]) -> floa
     return (steps * weights + kv_reads) / rates["bytes"] + 2 * params * prompt_tokens / rates["flops"]
 
 
-def run_suite(name: str, args: argparse.Namespace) -> dict:
+def run_suite(name: str, args: argparse.Namespace) -> Iterator[dict]:
+    """The report after each workload, so that a run cut short leaves what it has measured."""
     from jaxllm.runner import executables
 
     executables.on_late_compilation = "raise"
@@ -206,7 +208,13 @@ def run_suite(name: str, args: argparse.Namespace) -> dict:
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS}
     llm = make_llm(suite, **options)
     print(f"{name}: engine ready in {time.perf_counter() - start:.1f} s", flush=True)
-    results = []
+    report = {
+        "suite": name,
+        "dtype": suite.dtype,
+        "ceilings": rates,
+        "backend": os.environ.get("PALLAS_KERNELS_BACKEND", "mosaic_gpu"),
+        "workloads": [],
+    }
     for workload in suite.workloads:
         if (workload.trace and args.azure_trace is None) or (args.only and args.only not in workload.name):
             continue
@@ -217,15 +225,9 @@ def run_suite(name: str, args: argparse.Namespace) -> dict:
         unit = 1e3 / output_tokens if workload.per_token else None
         figures["figure"] = figures["seconds"] * unit if unit else output_tokens / figures["seconds"]
         figures["fraction_of_floor"] = figures["floor_seconds"] / figures["seconds"]
-        results.append(asdict(workload) | figures)
-        print(row(results[-1]), flush=True)
-    return {
-        "suite": name,
-        "dtype": suite.dtype,
-        "ceilings": rates,
-        "backend": os.environ.get("PALLAS_KERNELS_BACKEND", "mosaic_gpu"),
-        "workloads": results,
-    }
+        report["workloads"].append(asdict(workload) | figures)
+        print(row(report["workloads"][-1]), flush=True)
+        yield report
 
 
 def row(one: dict) -> str:
@@ -276,9 +278,9 @@ def main() -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=int, help="the engine's")
     parser.add_argument("--output-json")
     args = parser.parse_args()
-    figures = measure_start_up(args.suite) if args.start_up else run_suite(args.suite, args)
-    if args.output_json:
-        benchmark_report.write(args.output_json, figures)
+    for figures in [measure_start_up(args.suite)] if args.start_up else run_suite(args.suite, args):
+        if args.output_json:
+            benchmark_report.write(args.output_json, figures)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ is there anyway. In a CTA one more warpgroup copies to shared memory and runs ah
 
 A batch beyond `tile_batch` rows is cut into tiles as well; CTAs of the same share and different tiles run side by side,
 so that a weight comes from memory once. Beyond `max_batch` the weight is dequantized by XLA and multiplied as a whole.
-Up to 16 rows that are not quantized are another kernel's, `few_rows`.
+Up to 8 rows that are not quantized are another kernel's, `few_rows`.
 """
 
 import functools

@@ -75,9 +75,9 @@ def test_mla_decode(N, page_size, monkeypatch, capfd):
 QUANTIZED = {
     "int4": ((1, 14336, 4096), ("int4", 128, False)),
     "int4, parts of two tiles": ((1, 4096, 11008), ("int4", 128, False)),
-    "int4, 16 rows, zeros": ((16, 6144, 4096), ("int4", 128, True)),
+    "int4, 8 rows, zeros": ((8, 6144, 4096), ("int4", 128, True)),
     "int8": ((2, 14336, 4096), ("int8", -1, False)),
-    "fp8 in blocks": ((16, 14336, 4096), ("fp8", 128, False)),
+    "fp8 in blocks": ((8, 14336, 4096), ("fp8", 128, False)),
 }
 
 
