@@ -26,6 +26,7 @@ __all__ = [
     "pl",
     "plgpu",
     "registers_of_words",
+    "store",
     "store_sums",
     "unsupported",
     "wait_for_copies",
@@ -74,6 +75,14 @@ def kernel(body: functools.partial, *, interpret: bool = False, in_place: bool =
         return _exported[key].call(*args)
 
     return call
+
+
+def store(ref, value) -> None:
+    """ref[...] = value, also where no wide instructions fit the layout: since JAX 0.12 one must say so."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 _exported: dict[Hashable, jax.export.Exported] = {}

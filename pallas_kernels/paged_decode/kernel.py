@@ -467,9 +467,9 @@ class _Cta:
         @pl.when(segment.begin > 0)
         def _began_in_an_earlier_cta():  # which only a CTA's first segment can have done
             top, total, acc = sums
-            self.outputs.acc[self.index] = acc
-            self.outputs.top[self.index] = top
-            self.outputs.total[self.index] = total
+            parts = self.outputs.acc, self.outputs.top, self.outputs.total
+            for ref, value in zip(parts, (acc, top, total), strict=True):
+                mosaic.store(ref.at[self.index], value)
             if self.arrived is not None:
                 earlier = owner(first_index - segment.begin, share, rest)
                 plgpu.semaphore_signal(self.arrived.at[earlier], 1, memory_scope="gpu")
@@ -511,13 +511,13 @@ class _Cta:
         sizes, shared, outputs = self.sizes, self.shared, self.outputs
         out = acc / along_keys(total * sizes.weight_unit, sizes.V)
         if sizes.fold > 1:
-            outputs.out[segment.row, segment.head] = out
-            outputs.weight[segment.row, segment.head] = top + jnp.log2(total)
+            mosaic.store(outputs.out.at[segment.row, segment.head], out)
+            mosaic.store(outputs.weight.at[segment.row, segment.head], top + jnp.log2(total))
             return
         if sizes.span.queries > 1:  # a query before the row's beginning sees no key
             out = jnp.where(along_keys(top, sizes.V) > MASKED / 2, out, 0.0)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        shared.out.T[...] = out.astype(sizes.out_dtype)
+        mosaic.store(shared.out.T, out.astype(sizes.out_dtype))
         plgpu.commit_smem()
         offset = 0 if sizes.padded else lax.rem(segment.head * sizes.group, jnp.int32(sizes.tile))
         source = shared.out.at[pl.ds(offset, sizes.group)]

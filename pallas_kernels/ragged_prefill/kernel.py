@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import mosaic
 from pallas_kernels.mosaic import pl, plgpu
 from pallas_kernels.ragged_prefill.sizes import ALIGN, MASKED, ROWS, Sizes, line_bytes, out_columns, room
 
@@ -551,7 +552,8 @@ def _store(sizes, out, tile, head, warpgroup, out_ref, shared):
         width = math.gcd(sizes.H, columns)
         for slot, part in enumerate(parts):
             for c in range(0, min(columns, sizes.H - part.start), width):
-                shared.out[warpgroup, slot, :, c : c + width] = out[:, part.start + c : part.start + c + width]
+                target = shared.out.at[warpgroup, slot, :, pl.ds(c, width)]
+                mosaic.store(target, out[:, part.start + c : part.start + c + width])
         plgpu.commit_smem()
         start, count = lo - first, tokens
         while count:  # a copy's size is static: the largest first that fit

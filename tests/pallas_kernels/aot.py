@@ -39,5 +39,5 @@ def compile_for_h200(function, *args, **jit_options) -> jax.stages.Compiled:
 def registers_and_spills(ptxas_output: str) -> list[tuple[int, int]]:
     """For each kernel in what ptxas printed (MOSAIC_GPU_DUMP_PTXAS=1): registers a thread, bytes spilled."""
     registers = re.findall(r"Used (\d+) registers", ptxas_output)
-    spills = re.findall(r"(\d+) bytes spill stores", ptxas_output)
+    spills = re.findall(r"bytes stack frame, (\d+) bytes spill stores", ptxas_output)
     return [(int(used), int(spilled)) for used, spilled in zip(registers, spills, strict=True)]
