@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import inline_ptx, mosaic
 from pallas_kernels.mosaic import pl, plgpu
 from pallas_kernels.quant_matmul import unpack
 from pallas_kernels.quant_matmul.unpack import along_columns
@@ -232,9 +232,9 @@ def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
     def add_step(step, state, with_x):
         acc, slot, ahead = state
         if not sizes.interpret:
-            mosaic.wait_for_copies(but=config.stages - 1)
+            inline_ptx.wait_for_copies(but=config.stages - 1)
             if with_x:
-                mosaic.wait_for_warpgroup()
+                inline_ptx.wait_for_warpgroup()
         loaded = _load(sizes, slot, warpgroup, shared)
         ahead = ask(slot, *ahead, with_x)
         acc = _add_step(sizes, x_of(step), loaded, acc)
@@ -258,7 +258,7 @@ def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
 def _copy_activations(sizes, wanted, source, target):
     """Begins to copy those of a step."""
     if not sizes.interpret:
-        mosaic.copy_by_warpgroup(source, target, wanted)
+        inline_ptx.copy_by_warpgroup(source, target, wanted)
         return
 
     @pl.when(wanted)
@@ -275,7 +275,7 @@ def _copy(sizes, slot, warpgroup, wanted, unit, step, codes_ref, scales_ref, zer
     if sizes.has_zeros:
         lines.append((zeros_ref.at[tile, tiles], shared.zeros.at[slot, warpgroup]))
     if not sizes.interpret:
-        mosaic.copy_by_warps(words, lines, part, wanted)
+        inline_ptx.copy_by_warps(words, lines, part, wanted)
         return
 
     @pl.when(wanted)
@@ -319,7 +319,7 @@ def _add_step(sizes, x, loaded, acc):
 def _product(sizes, values, x, column):
     """values x activations. Parts of the rows are of different tiles, and so have other columns of activations."""
     if not sizes.interpret:
-        return mosaic.add_product(_no_sums(sizes), values, x, column, sizes.fold)
+        return inline_ptx.add_product(_no_sums(sizes), values, x, column, sizes.fold)
     parts = []
     for part, values_of_part in enumerate(jnp.split(values.astype(jnp.float32), sizes.fold)):
         columns = x[:, pl.ds(part * TILE_COLUMNS + column, sizes.span)].astype(jnp.float32)
@@ -348,7 +348,7 @@ def _store(sizes, warpgroup, number, count, acc, shared, out_ref):
             sums = shared.sums[...].reshape(-1, sizes.config.rows, sizes.tile_batch).sum(axis=0)
             out_ref[...] = sums.T[: sizes.batch].astype(out_ref.dtype)
         else:
-            mosaic.store_sums(shared.sums, out_ref)
+            inline_ptx.store_sums(shared.sums, out_ref)
 
         @pl.when(number + 1 < count)
         def _():

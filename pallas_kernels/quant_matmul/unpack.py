@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import inline_ptx
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.quant_matmul.weight import TILE_COLUMNS, TILE_ROWS, unpack_tiles
 
@@ -102,7 +102,7 @@ def codes_of(words, format, dtype, span, interpret):
         codes = unpack_tiles(words[None, None], format).astype(dtype)
         codes = codes.reshape(TILE_ROWS, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(codes.shape)
         return _cut(codes, span)
-    return mosaic.registers_of_words(words, "", 1, span, dtype)
+    return inline_ptx.registers_of_words(words, "", 1, span, dtype)
 
 
 def unit(format: str, dtype, interpret: bool) -> float:
@@ -127,7 +127,9 @@ def values_of(words, format, dtype, span, zeros, interpret):
     else:
         name = jnp.dtype(dtype).name
         ptx, inputs = (_nibbles(name, zeros is None), 1) if format == "int4" else _PTX[format, name]
-        arrays = [_corrected(values, format) for values in mosaic.registers_of_words(words, ptx, inputs, span, dtype)]
+        arrays = [
+            _corrected(values, format) for values in inline_ptx.registers_of_words(words, ptx, inputs, span, dtype)
+        ]
     if zeros is None:
         return arrays
     # A product by a power of two, which a number of few bits survives.
