@@ -59,6 +59,22 @@ GEMMA2 = LLAMA | {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,  # a tied head repeats the last token for ever
 }
+LATENT = LLAMA | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 128,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "first_k_dense_replace": 4,  # no experts: a token that is routed otherwise says nothing of the kernel
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 128,
+    "num_experts_per_tok": 2,
+}
+# Every token goes to all experts, for the same reason.
+EXPERTS = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 4}
 NUM_TOKENS = 32
 LENGTHS = (1, 3, 15, 16, 17, 64, 150, 230)
 MIXED = [np.random.default_rng(length).integers(0, 512, length).tolist() for length in LENGTHS]
@@ -144,6 +160,8 @@ CASES = {
     "int8 KV": (LLAMA, {"kv_cache_dtype": "int8"}, 0.2),
     "window and soft caps": (GEMMA2, {}, 0.1),
     "int4 weights": (LLAMA, {"quantization": "int4"}, 0.2),
+    "int4 experts": (EXPERTS, {"quantization": "int4"}, 0.2),
+    "latent attention": (LATENT, {}, 0.1),
 }
 
 
