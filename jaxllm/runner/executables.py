@@ -5,6 +5,7 @@ from a cache or compiled by name, several at a time; asking later for one that i
 warning in production.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -104,7 +105,8 @@ class Executables:
 def _give_way() -> None:
     """Lowers this thread's priority. Compilers would crowd out the one thread that has work for them."""
     if sys.platform == "linux":  # elsewhere it would be the whole process's
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        with contextlib.suppress(OSError):  # it may be lower already, and must not be raised
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def use_persistent_cache() -> pathlib.Path | None:

@@ -32,3 +32,13 @@ def test_late_compilation(monkeypatch, caplog):
 def test_before_warm_up_compiling_is_no_event(caplog):
     programs = Executables(doubling)
     assert programs[2](jnp.ones(2)).tolist() == [2.0, 2.0] and not caplog.text
+
+
+def test_threads_whose_priority_cannot_be_set_compile_too(monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")  # as where the process's own is lower already
+
+    monkeypatch.setattr(executables.os, "setpriority", refuse)
+    programs = Executables(doubling)
+    programs.warm_up([1, 2], progress=False)
+    assert len(programs) == 2
