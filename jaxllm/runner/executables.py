@@ -54,6 +54,10 @@ class Executables:
     def __len__(self) -> int:
         return len(self._compiled)
 
+    def adopt(self, others: "Executables", keys: list[Hashable]) -> None:
+        """Takes those of the others' programs that have one of `keys`, which mean the same here."""
+        self._compiled |= {key: others._compiled[key] for key in keys if key in others._compiled}
+
     def warm_up(self, keys: list[Hashable], progress: bool) -> float:
         """Loads or compiles all of `keys`; returns the seconds it took."""
         start = time.perf_counter()

@@ -130,11 +130,15 @@ class ModelRunner:
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
         self._kv_dtype = kv_pool.kv_dtype(network, config.kv_cache_dtype)
         self._page_bytes = kv_pool.page_bytes(network, config.block_size, self._kv_dtype)
+        self._measured: Executables | None = None  # the programs that counting pages took
         self.num_pages = self._count_pages()
         if shrink_model_len:
             self._shrink_model_len()
         kv_pool.check_holds_one_sequence(self.num_pages, config.block_size, self.config.max_model_len, self._page_bytes)
         self.executables = self._programs()
+        if self._measured is not None:
+            self.executables.adopt(self._measured, self._keys_without_pages)
+            self._measured = None
         if not config.enforce_eager:  # before the KV pages: tuning a matrix product takes memory of its own
             self._warm_up()
         self.reset()
@@ -308,12 +312,17 @@ class ModelRunner:
     @property
     def program_keys(self) -> list[Any]:
         """Everything that the runner may ever run; first what takes longest to compile."""
+        # A GPU has most kernels to choose from for products of few rows.
+        forwards = sorted(self.ladder.all, key=lambda shape: shape.num_tokens)
+        return [*forwards, *self._keys_without_pages, _WRITE_TABLE]
+
+    @property
+    def _keys_without_pages(self) -> list[Any]:
+        """Of programs that do not depend on how many pages there are."""
         rows = sorted({shape.num_rows for shape in self.ladder.all})
         samplers = [SampleShape(count, level) for count in rows for level in Level if level > Level.GREEDY]
         scorers = [PromptProgram(), *(PromptProgram(shape.num_tokens) for shape in self.ladder.mixed)]
-        # A GPU has most kernels to choose from for products of few rows.
-        forwards = sorted(self.ladder.all, key=lambda shape: shape.num_tokens)
-        return [*forwards, *samplers, *scorers, *self._host_sampling.programs(rows), _WRITE_TABLE]
+        return [*samplers, *scorers, *self._host_sampling.programs(rows)]
 
     def _warm_up(self) -> None:
         seconds = self.executables.warm_up(self.program_keys, self.config.use_tqdm_on_load)
@@ -344,7 +353,10 @@ class ModelRunner:
         self.num_pages = self.max_pages
         self.reset()
         programs, largest = self._programs(), [shape, SampleShape(shape.num_rows, Level.FULL), PromptProgram()]
-        programs.warm_up(largest, progress=False)
+        # While the step is compiled, which takes long, so is what will be the same for any number of pages.
+        others = [] if self.config.enforce_eager else self._keys_without_pages
+        programs.warm_up([*largest, *(key for key in others if key not in largest)], progress=False)
+        self._measured = programs
         forward, sampler, scorer = (programs[key] for key in largest)
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
         self._kv, state, _, logits, rows, hidden = forward(self.params, self._kv, self._state, idle)

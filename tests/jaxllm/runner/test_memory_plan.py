@@ -34,3 +34,13 @@ def test_tables_and_prompt_scoring_are_counted(monkeypatch):
     tables = sum(x.size * x.dtype.itemsize for x in abstract_tables(8, VOCABULARY))
     logits_of_a_chunk = CHUNK * VOCABULARY * 4
     assert small - kv_bytes() >= tables + logits_of_a_chunk - 0.02 * LIMIT  # pages come in round numbers
+
+
+def test_what_does_not_depend_on_pages_is_compiled_while_they_are_counted(monkeypatch, caplog):
+    monkeypatch.setattr(kv_pool, "device_memory", lambda device: (LIMIT, 0, 0))
+    with caplog.at_level("DEBUG", logger="jaxllm.runner.executables"):
+        runner = make_sum_llm(num_gpu_blocks_override=None, block_size=8).llm_engine.runner
+    compiled = [record.args[0] for record in caplog.records if "lowered" in record.message]
+    twice = {key for key in compiled if compiled.count(key) > 1}
+    assert set(compiled) == set(runner.program_keys)
+    assert twice == {runner.ladder.mixed[-1]}  # with two numbers of pages
