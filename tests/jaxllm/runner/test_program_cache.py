@@ -9,7 +9,6 @@ import pytest
 from jaxllm.runner.executables import Executables
 from jaxllm.runner.program_cache import ProgramCache
 
-
 # A CPU's program that came from JAX's own cache cannot be written again: these are in nobody's.
 UNIT = float(1 + int.from_bytes(os.urandom(2)))
 
