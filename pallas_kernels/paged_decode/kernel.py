@@ -13,7 +13,8 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import pl, plgpu
-from pallas_kernels.paged_decode.schedule import Span, divide, owner, page_entry
+from pallas_kernels.paged_decode.schedule import Span, divide, owner
+from pallas_kernels.paged_decode.share import Share
 
 LOG2_E = math.log2(math.e)
 # Finite, so that the difference of two masked scores is 0 and not NaN.
@@ -224,52 +225,32 @@ class _Segment(NamedTuple):
     row_blocks: jax.Array
 
 
-class _Cta:
+class _Cta(Share):
     """One CTA's share of the work, and the two warpgroups that do it."""
 
     def __init__(self, sizes, inputs, outputs, shared):
-        self.sizes, self.inputs, self.outputs, self.shared = sizes, inputs, outputs, shared
+        self.outputs, self.shared = outputs, shared
         G = sizes.num_ctas
-        self.index = G - 1 - lax.axis_index("cta")  # which share of the work this one has
+        index = G - 1 - lax.axis_index("cta")  # which share of the work this one has
         # How many parts of a CTA's last segment lie in the workspace. Interpreted, CTAs run in order: no need to wait.
         self.arrived = None if sizes.interpret else pl.get_global(plgpu.SemaphoreType.REGULAR((G,)))
-        start = [inputs.starts[self.index, i] for i in range(5 + sizes.pages)]
-        self.row, self.head, self.block, self.kv_len, self.count = start[:5]
-        self.page_ids = tuple(start[5:])
-
-    def next_segment(self, row, head):
-        last = head == self.sizes.K - 1
-        return jnp.where(last, self.inputs.next_row[row], row), jnp.where(last, 0, head + 1)
+        super().__init__(index, sizes, inputs, heads=sizes.K, page_tokens=sizes.page_lines * sizes.fold)
 
     # --- the warpgroup that copies
 
     def copy(self):
         """Brings the CTA's blocks, one after the other, as slots become free."""
-        sizes = self.sizes
 
-        def step(i, state):
-            row, head, block, kv_len, ids = state
-            at_end = block + 1 == sizes.span.count(kv_len)
-            next_row, next_head = self.next_segment(row, head)
-            next_row, next_head = jnp.where(at_end, next_row, row), jnp.where(at_end, next_head, head)
-            next_block, next_len = jnp.where(at_end, 0, block + 1), self.inputs.lens[next_row]
-            # Asked for now, used one step later: the table is far away.
-            next_ids = self.ids_of(next_row, next_block, next_len)
-            slot = lax.rem(i, jnp.int32(sizes.stages))
+        def copy(i, head, ids):
+            slot = lax.rem(i, jnp.int32(self.sizes.stages))
 
-            @pl.when(i >= sizes.stages)
+            @pl.when(i >= self.sizes.stages)
             def _():
                 plgpu.barrier_wait(self.shared.empty.at[slot])
 
             self.copy_block(slot, ids, head)
-            return next_row, next_head, next_block, next_len, next_ids
 
-        lax.fori_loop(0, self.count, step, (self.row, self.head, self.block, self.kv_len, self.page_ids))
-
-    def ids_of(self, row, block, kv_len):
-        page_tokens = self.sizes.page_lines * self.sizes.fold
-        entries = [page_entry(self.sizes.span, block, page, kv_len, page_tokens) for page in range(self.sizes.pages)]
-        return tuple(self.inputs.table[row, entry] for entry in entries)
+        self.for_each_block(copy)
 
     def copy_block(self, slot, ids, head):
         sizes, shared, full = self.sizes, self.shared, self.shared.full.at[slot]
@@ -286,18 +267,14 @@ class _Cta:
                 plgpu.copy_gmem_to_smem(self.inputs.v_scales.at[id, head], shared.v_scales.at[slot, keys], full)
 
     def zero_unused_rows(self):
-        sizes, out = self.sizes, self.outputs.out
+        out = self.outputs.out
 
-        def zero(i, _):
-            row = self.index + i * sizes.num_ctas
+        def zero(row):
+            shape = out.shape[1:]
+            layout = plgpu.Layout.WG_STRIDED(shape, vec_size=math.gcd(4, math.prod(shape) // 128))
+            out[row] = plgpu.layout_cast(jnp.zeros(shape, out.dtype), layout)
 
-            @pl.when(self.inputs.lens[row] == 0)
-            def _():
-                shape = out.shape[1:]
-                layout = plgpu.Layout.WG_STRIDED(shape, vec_size=math.gcd(4, math.prod(shape) // 128))
-                out[row] = plgpu.layout_cast(jnp.zeros(shape, out.dtype), layout)
-
-        lax.fori_loop(0, divide(sizes.S - self.index + (sizes.num_ctas - 1), sizes.num_ctas), zero, None)
+        self.for_each_unused_row(zero)
 
     # --- the warpgroup that computes
 

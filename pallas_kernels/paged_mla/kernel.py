@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import pl, plgpu
-from pallas_kernels.paged_decode.schedule import Span, divide, page_entry
+from pallas_kernels.paged_decode.schedule import Span
+from pallas_kernels.paged_decode.share import Share
 
 LOG2_E = math.log2(math.e)
 # Finite, so that the difference of two masked scores is 0 and not NaN.
@@ -187,22 +188,16 @@ class _Segment(NamedTuple):
         return jnp.where(self.begin > 0, 0, 1)
 
 
-class _Cta:
-    """One CTA's share of the work, and the warpgroups that do it."""
+class _Cta(Share):
+    """One CTA's share of the work, and the warpgroups that do it. A head of the share is a block of HEADS."""
 
     def __init__(self, sizes, inputs, outputs, shared):
-        self.sizes, self.inputs, self.outputs, self.shared = sizes, inputs, outputs, shared
-        self.index = lax.axis_index("cta")
-        start = [inputs.starts[self.index, i] for i in range(5 + sizes.pages)]
-        self.row, self.head_block, self.block, self.kv_len, self.count = start[:5]
-        self.page_ids = tuple(start[5:])
+        self.outputs, self.shared = outputs, shared
+        index = lax.axis_index("cta")
+        super().__init__(index, sizes, inputs, heads=sizes.head_blocks, page_tokens=sizes.page_size)
 
     def slot(self, i):
         return lax.rem(i, jnp.int32(self.sizes.stages))
-
-    def next_segment(self, row, head_block):
-        last = head_block == self.sizes.head_blocks - 1
-        return jnp.where(last, self.inputs.next_row[row], row), jnp.where(last, 0, head_block + 1)
 
     def for_each_segment(self, body):
         """Calls body(segment) on the CTA's segments, one after the other."""
@@ -216,7 +211,7 @@ class _Cta:
             body(segment)
             return segment.end, *self.next_segment(row, head_block), jnp.int32(0)
 
-        start = jnp.int32(0), self.row, self.head_block, self.block
+        start = jnp.int32(0), self.row, self.head, self.block
         lax.while_loop(lambda state: state[0] < self.count, step, start)
 
     # --- the warpgroup that copies
@@ -225,15 +220,7 @@ class _Cta:
         """Brings the CTA's blocks, one after the other, as slots become free."""
         sizes = self.sizes
 
-        def step(i, state):
-            row, head_block, block, kv_len, ids = state
-            at_end = block + 1 == sizes.span.count(kv_len)
-            next_row, next_head_block = self.next_segment(row, head_block)
-            next_row = jnp.where(at_end, next_row, row)
-            next_head_block = jnp.where(at_end, next_head_block, head_block)
-            next_block, next_len = jnp.where(at_end, 0, block + 1), self.inputs.lens[next_row]
-            # Asked for now, used one step later: the table is far away.
-            next_ids = self.ids_of(next_row, next_block, next_len)
+        def copy(i, _, ids):
             slot = self.slot(i)
 
             @pl.when(i >= sizes.stages)
@@ -244,35 +231,24 @@ class _Cta:
                 rows = pl.ds(page * sizes.page_size, sizes.page_size)
                 target = self.shared.keys.at[slot, rows]
                 plgpu.copy_gmem_to_smem(self.inputs.pages.at[id], target, self.shared.full.at[slot])
-            return next_row, next_head_block, next_block, next_len, next_ids
 
-        start = self.row, self.head_block, self.block, self.kv_len, self.page_ids
-        lax.fori_loop(0, self.count, step, start)
+        self.for_each_block(copy)
         self.zero_unused_rows()
-
-    def ids_of(self, row, block, kv_len):
-        page_size, span = self.sizes.page_size, self.sizes.span
-        entries = [page_entry(span, block, page, kv_len, page_size) for page in range(self.sizes.pages)]
-        return tuple(self.inputs.table[row, entry] for entry in entries)
 
     def zero_unused_rows(self):
         sizes, out = self.sizes, self.outputs.out
 
-        def zero(i, _):
-            row = self.index + i * sizes.num_ctas
+        def zero(row):
+            layout = plgpu.Layout.WG_STRIDED((8, sizes.V), vec_size=4)
+            for head in range(0, sizes.N, 8):
+                out[row, head : head + 8] = plgpu.layout_cast(jnp.zeros((8, sizes.V), out.dtype), layout)
 
-            @pl.when(self.inputs.lens[row] == 0)
-            def _():
-                layout = plgpu.Layout.WG_STRIDED((8, sizes.V), vec_size=4)
-                for head in range(0, sizes.N, 8):
-                    out[row, head : head + 8] = plgpu.layout_cast(jnp.zeros((8, sizes.V), out.dtype), layout)
-
-        lax.fori_loop(0, divide(sizes.S - self.index + (sizes.num_ctas - 1), sizes.num_ctas), zero, None)
+        self.for_each_unused_row(zero)
 
     # --- the warpgroup that makes weights of keys
 
     def weigh(self):
-        pl.when(self.count > 0)(lambda: self.load_queries(self.row, self.head_block))
+        pl.when(self.count > 0)(lambda: self.load_queries(self.row, self.head))
 
         def weigh_segment(segment):
             plgpu.barrier_wait(self.shared.q_full)
