@@ -11,7 +11,9 @@ import jax.export
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-__all__ = ["kernel", "num_multiprocessors", "pl", "plgpu", "store", "unsupported"]
+__all__ = ["SHARED_MEMORY", "kernel", "num_multiprocessors", "pl", "plgpu", "store", "unsupported"]
+
+SHARED_MEMORY = 227 * 1024  # bytes of a Hopper multiprocessor that CTAs can have
 
 
 def unsupported(interpret: bool = False) -> str | None:

@@ -50,7 +50,10 @@ def kernels() -> None:
             of = f"TFLOP/s (a matrix product: {results['ceilings']['flops'] / 1e12:.0f})"
         rows = []
         for case in results["cases"]:
-            fraction = f"{case['rate'] / 1e12:.0f}" if op == "ragged-prefill" else f"{case['fraction']:.1%}"
+            if op == "ragged-prefill":
+                fraction = f"{case['rate'] / 1e12:.0f}"
+            else:
+                fraction = f"{case['fraction']:.1%}" + " of the matrix rate" * (case["unit"] == "flops")
             rows.append([case["spec"], f"{case['microseconds']:.1f}", fraction])
         table([op.replace("-", "_"), "µs", of], rows)
 

@@ -42,7 +42,6 @@ HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 HEAD_DIMS_OF_8_BITS = (64, 128, 256)
 # What pages of 8 bits become for the tensor cores: what the hardware converts them to in the fewest instructions.
 PRODUCT_DTYPES = {jnp.dtype(jnp.int8): jnp.bfloat16, jnp.dtype(jnp.float8_e4m3fn): jnp.float16}
-SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def default_config(tile: int, H: int, kv_dtype=jnp.bfloat16, segments: int = 2**
     block = 64
     for ctas in (1,) if 4 * segments < mosaic.num_multiprocessors() or jnp.dtype(kv_dtype) == jnp.int8 else (2, 1):
         fixed = _shared_bytes(tile, H, block, 0, kv_dtype)
-        stages = (SHARED_MEMORY // ctas - fixed) // (_shared_bytes(tile, H, block, 1, kv_dtype) - fixed)
+        stages = (mosaic.SHARED_MEMORY // ctas - fixed) // (_shared_bytes(tile, H, block, 1, kv_dtype) - fixed)
         if stages >= 3:
             break
     return Config(block, min(stages, 8), ctas * mosaic.num_multiprocessors())

@@ -32,7 +32,6 @@ from pallas_kernels.paged_decode.schedule import cut, row_ends
 from pallas_kernels.paged_mla import merge
 from pallas_kernels.paged_mla.kernel import BLOCK, HALVES, HEADS, ROTARY, Inputs, Sizes, kernel, scratch
 
-SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 PAGE_SIZES = (16, 32, 64)
 
 
@@ -52,7 +51,7 @@ class Config:
 def default_config(value_dim: int) -> Config:
     """One CTA a multiprocessor, and as many stages, up to 4, as have room: 2 of DeepSeek's."""
     line = 2 * (value_dim + ROTARY)
-    left = SHARED_MEMORY - 2048 - HEADS * line  # barriers and the like; queries
+    left = mosaic.SHARED_MEMORY - 2048 - HEADS * line  # barriers and the like; queries
     return Config(min(4, left // (BLOCK * line + 8 * HEADS)), mosaic.num_multiprocessors())
 
 

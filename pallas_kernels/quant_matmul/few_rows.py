@@ -37,7 +37,6 @@ MAX_ROWS = 16
 # Unasked. With 16 rows the first version of this kernel took 31 us where the one for many rows takes 24 (int4, 14336 x
 # 4096); up to 8 rows cost the tensor cores no more than one.
 _MAX_DEFAULT_ROWS = 8
-SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 # A number for each row of the weight, with the threads that have the row's sums.
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _COMPILERS = 6144  # bytes of shared memory that it takes or leaves between arrays, at most
@@ -97,7 +96,7 @@ def fits(weight: QuantizedWeight, batch: int, config: Config) -> bool:
     stage = KINDS[weight.format].words * 512 + _groups_in_tile(weight) * TILE_ROWS * (weight.scales.dtype.itemsize + 2)
     sums = 4 * (batch + -batch % 8) * TILE_ROWS
     x = 2 * batch * (-(-steps // config.split) * (64 // config.rows) * TILE_COLUMNS + _PAD)
-    return config.warpgroups * (config.stages * stage + sums) + x + _COMPILERS <= SHARED_MEMORY
+    return config.warpgroups * (config.stages * stage + sums) + x + _COMPILERS <= mosaic.SHARED_MEMORY
 
 
 def _groups_in_tile(weight):

@@ -32,7 +32,6 @@ from pallas_kernels.quant_matmul import few_rows, reference, unpack
 from pallas_kernels.quant_matmul.unpack import along_columns
 from pallas_kernels.quant_matmul.weight import KINDS, TILE_COLUMNS, TILE_ROWS, QuantizedWeight
 
-SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 # A number for each row of the weight, or of the batch: where a sum over a WGMMA-shaped array leaves it.
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -84,7 +83,7 @@ def default_config(weight: QuantizedWeight, batch: int) -> Config:
 
 def with_stages(weight: QuantizedWeight, config: Config) -> Config:
     """The configuration with as many stages as shared memory has room for."""
-    free = SHARED_MEMORY - _shared_bytes(config)
+    free = mosaic.SHARED_MEMORY - _shared_bytes(config)
     return replace(config, stages=min(free // _stage_bytes(weight, config), 12))
 
 

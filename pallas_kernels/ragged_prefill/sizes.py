@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic
+
 ROWS = 64  # of a warpgroup, in each a token of a query head: what wgmma takes
 TILE = 2 * ROWS
 # Finite: a row that sees no key of a step must not become NaN. A power of two: exact when scaled, fused or not.
 MASKED = -(2.0**100)
 ALIGN = 8  # rows of a swizzled tile of shared memory
-SHARED_MEMORY = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def room(H, kv_dtype, config):
     columns, piece = out_columns(H)
     pieces = columns // piece
     raw = config.block_kv * (H + 4) if jnp.dtype(kv_dtype).itemsize == 1 else 0
-    left = SHARED_MEMORY - 3 * 1024 - 4 * config.stages * config.block_kv * H  # barriers and the like; keys and values
+    # Without barriers and the like, keys and values.
+    left = mosaic.SHARED_MEMORY - 3 * 1024 - 4 * config.stages * config.block_kv * H
     raw_wanted = 2 if raw else 0
     for slots in ((2, pieces, raw_wanted), (1, pieces, raw_wanted), (1, 1, raw_wanted)):
         q_slots, out_slots, raw_slots = slots

@@ -1,6 +1,5 @@
 """The Hopper kernel of paged_decode, interpreted against dense NumPy attention; on a GPU against the reference."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -164,7 +163,7 @@ def test_default_config_fits_in_shared_memory(tile, H, segments, kv_dtype):
     ctas = config.num_ctas // mosaic.num_multiprocessors()
     assert config.stages >= 2 and (segments > 8 or ctas == 1)
     bytes_of_cta = mosaic_gpu._shared_bytes(tile, H, config.block_keys, config.stages, kv_dtype)
-    assert ctas * bytes_of_cta <= mosaic_gpu.SHARED_MEMORY
+    assert ctas * bytes_of_cta <= mosaic.SHARED_MEMORY
 
 
 @pytest.mark.parametrize(
@@ -235,9 +234,6 @@ def test_spec_on_the_gpu(spec):
 
 @interpreted
 @pytest.mark.parametrize("case", ["multi-head", "folded", "four queries", "window over blocks", "int8"])
-def test_no_races(case, monkeypatch, capfd):
-    params = functools.partial(mosaic.plgpu.InterpretGPUParams, detect_races=True)
-    monkeypatch.setattr(mosaic.plgpu, "InterpretGPUParams", params)
-    jax.clear_caches()  # what was traced without
+def test_no_races(case, detecting_races, capfd):
     test_interpreted(CASES[case])
     assert "RACE" not in "".join(capfd.readouterr())

@@ -1,7 +1,5 @@
 """The Hopper kernel of mla_decode, interpreted against dense NumPy attention; on a GPU against the reference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,10 +75,7 @@ def test_merging_several_heads_at_once(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("case", ["one CTA", "parts of several rows"])
-def test_no_races(case, monkeypatch, capfd):
-    params = functools.partial(mosaic.plgpu.InterpretGPUParams, detect_races=True)
-    monkeypatch.setattr(mosaic.plgpu, "InterpretGPUParams", params)
-    jax.clear_caches()  # what was traced without
+def test_no_races(case, detecting_races, capfd):
     test_interpreted(CASES[case])
     assert "RACE" not in "".join(capfd.readouterr())
 
@@ -89,7 +84,7 @@ def test_no_races(case, monkeypatch, capfd):
 def test_default_config_fits_in_shared_memory(value_dim):
     config = mosaic_gpu.default_config(value_dim)
     rows = mosaic_gpu.HEADS + config.stages * mosaic_gpu.BLOCK
-    assert config.stages >= 2 and rows * 2 * (value_dim + 64) + 4 * 1024 <= mosaic_gpu.SHARED_MEMORY
+    assert config.stages >= 2 and rows * 2 * (value_dim + 64) + 4 * 1024 <= mosaic.SHARED_MEMORY
 
 
 @pytest.mark.parametrize(

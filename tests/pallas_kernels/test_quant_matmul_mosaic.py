@@ -90,7 +90,7 @@ def test_default_config_fits(spec):
         config = mosaic_gpu.default_config(weight, spec.batch)
         assert mosaic_gpu.fits(weight, config)
         used = config.stages * mosaic_gpu._stage_bytes(weight, config) + mosaic_gpu._shared_bytes(config)
-        assert used <= mosaic_gpu.SHARED_MEMORY
+        assert used <= mosaic.SHARED_MEMORY
 
 
 @interpreted

@@ -1,6 +1,5 @@
 """The Hopper kernel of ragged_prefill in Pallas's GPU interpreter, against dense attention; and what it refuses."""
 
-import functools
 import os
 
 import jax
@@ -85,12 +84,9 @@ def test_random_batches(data):
 
 @interpreted
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_no_races(kv_dtype, monkeypatch):
+def test_no_races(kv_dtype, detecting_races):
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    params = functools.partial(mosaic.plgpu.InterpretGPUParams, detect_races=True)
-    monkeypatch.setattr(mosaic.plgpu, "InterpretGPUParams", params)
-    # A shape of its own: nothing traced without the detector is taken again.
     check([(5, 5), (9, 75)], N=2, K=1, H=64, page_size=16, blocks=2, before=11, kv_dtype=kv_dtype)
     assert not gpu_callbacks.get_races().races_found
 
