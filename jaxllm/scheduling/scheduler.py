@@ -371,6 +371,9 @@ class Scheduler:
         r.pending[slots] -= planned
         r.total[slots] -= planned - counts  # what came after a stop token is no token of the request
         r.last_token[slots] = new[np.arange(len(rows)), counts - 1]
+        # Loops stop at a stop token: its own KV may never be written, whatever the plans made meanwhile count on.
+        ended = slots[stopped]
+        r.computed[ended] = np.minimum(r.computed[ended], (before + counts)[stopped] - 1)
         done = stopped | (before + counts >= r.limit[slots])
         requests = plan.requests if len(rows) == len(plan.requests) else [plan.requests[row] for row in rows.tolist()]
         values: list[list[int]] = new.tolist()

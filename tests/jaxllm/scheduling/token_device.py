@@ -4,6 +4,8 @@ Its next token is the sum of all tokens so far, modulo a small vocabulary, read 
 page, one token computed twice or too early, changes the output, and what a request must produce is `expected_output`.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 
 from jaxllm.scheduling.plan import IN_FLIGHT, StepPlan
@@ -39,10 +41,22 @@ class TokenDevice:
             return self._step(plan)
         result = np.full((plan.num_steps, len(plan.slots)), -1, np.int32)
         for step, single in enumerate(plan.split([1] * plan.num_steps)):
-            result[step, : len(single.slots)] = self._step(single)
+            result[step, : len(single.slots)] = self._step(single, self._ended(plan, step))
         return result
 
-    def _step(self, plan: StepPlan) -> np.ndarray:
+    def _ended(self, plan: StepPlan, step: int) -> set[int]:
+        """Slots whose newest token is a stop token, seen by the host or not: a loop does nothing more for them."""
+        return {
+            slot
+            for request, slot, start, token in zip(
+                plan.requests, plan.slots.tolist(), plan.starts.tolist(), plan.tokens.tolist(), strict=True
+            )
+            if (step > 0 or token == IN_FLIGHT)
+            and self.last_token[slot] in request.stop_token_ids
+            and start + 1 + step - request.prompt_len >= request.min_new_tokens
+        }
+
+    def _step(self, plan: StepPlan, ended: Collection[int] = ()) -> np.ndarray:
         size = self.config.page_size
         assert 0 < plan.num_tokens.sum() <= self.config.max_num_batched_tokens and np.all(
             plan.num_tokens >= 1
@@ -51,11 +65,15 @@ class TokenDevice:
         for slot, start, count in zip(plan.slots, plan.starts, plan.num_tokens, strict=True):
             tokens = plan.tokens[read : read + count]
             read += count
+            if slot in ended:
+                continue
             positions = np.arange(start, start + count)  # all rows' writes come before any read
             row = np.where(tokens == IN_FLIGHT, self.last_token[slot], tokens)
             self.pages[self.page_table[slot, positions // size], positions % size] = row
         result = np.full(len(plan.slots), -1, np.int32)
         for row, (slot, start, count) in enumerate(zip(plan.slots, plan.starts, plan.num_tokens, strict=True)):
+            if slot in ended:
+                continue
             positions = np.arange(start + count)
             context = self.pages[self.page_table[slot, positions // size], positions % size]
             if plan.samples[row]:
