@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.models.interface import StepBatch
-from jaxllm.runner.sampler import SamplingRows, SamplingTable
+from jaxllm.runner.sampler import SamplingRows, SamplingTable, ends
 from jaxllm.runner.shapes import StepShape
 from jaxllm.scheduling.plan import StepPlan
 
@@ -46,15 +46,17 @@ class UnpackedStep(NamedTuple):
 class UnpackedRows(NamedTuple):
     """What the sampler reads of a step's rows."""
 
-    slots: jax.Array  # i32[S] where each row's new token goes; out of range for rows that don't sample
+    slots: jax.Array  # i32[S] where each row's new token goes; out of range for rows that don't sample, or take no part
     sampling: SamplingRows
     own_slots: jax.Array  # i32[S] the slot of every row; out of range for padding
 
     @classmethod
-    def of(cls, rows: jax.Array, max_num_seqs: int) -> "UnpackedRows":
-        slots, _, kv_lens, samples, prompt_lens = (rows[:, i] for i in range(_ROW))
+    def of(cls, rows: jax.Array, max_num_seqs: int, kv_lens: jax.Array | None = None) -> "UnpackedRows":
+        """`kv_lens` i32[S] are those of a loop's step; None: as packed."""
+        slots, _, packed_lens, samples, prompt_lens = (rows[:, i] for i in range(_ROW))
+        kv_lens = packed_lens if kv_lens is None else kv_lens
         sampling = SamplingRows.unpack(rows[:, _ROW:], kv_lens, prompt_lens)
-        return cls(jnp.where(samples > 0, slots, max_num_seqs), sampling, slots)
+        return cls(jnp.where((samples > 0) & (kv_lens > 0), slots, max_num_seqs), sampling, slots)
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,19 @@ class InputLayout:
         return UnpackedStep(batch, jnp.maximum(query_starts[1:] - 1, 0), rows, state)
 
     def unpack_decode(self, packed: jax.Array, state: DeviceState, num_pages: int, step: int | jax.Array):
-        """The same for the `step`-th of a decode-only shape's steps in a row, whose page updates are done."""
+        """The same for the `step`-th of a decode-only shape's steps in a row, whose page updates are done.
+
+        In a loop a row whose newest token is a stop token takes no part: it writes no KV, attends to nothing and keeps
+        its last token, by which loops after this one know it too, until the host has seen that it has ended.
+        """
         rows, _, token_ids = self._split(packed)
-        takes_part = step < rows[:, 1]
-        kv_lens = jnp.where(takes_part, rows[:, 2] + step, 0)
         in_flight = state.last_token.at[rows[:, 0]].get(mode="clip")
-        token_ids = jnp.where((token_ids < 0) | (step > 0), in_flight, token_ids)
+        fed_back = (token_ids < 0) | (step > 0)
+        takes_part = step < rows[:, 1]
+        if self.shape.num_steps > 1:
+            takes_part &= ~(fed_back & ends(rows[:, _ROW:], in_flight))
+        kv_lens = jnp.where(takes_part, rows[:, 2] + step, 0)
+        token_ids = jnp.where(fed_back, in_flight, token_ids)
         index = jnp.arange(self.shape.num_rows, dtype=jnp.int32)
         batch = self._batch(
             rows, state, num_pages, in_use=takes_part, token_ids=token_ids, positions=kv_lens - 1, seq_ids=index,

@@ -35,9 +35,12 @@ from jaxllm.scheduling.request import Request
 
 logger = logging.getLogger(__name__)
 
-# Greedy decode steps in one program. On a CPU handing a step over costs little beside the step, and compiling much.
+# Decode steps in one program. On a CPU handing a step over costs little beside the step, and compiling much.
 LOOP_STEPS = {"cpu": 1, "gpu": 8}
 LOOP_WEIGHT_BYTES = 4 * 10**9  # that a GPU reads in a millisecond or so
+# Each is all decode shapes once more, which take long to compile. A row draws the same token at any level that has its
+# bits, so rows that only draw do without a level of their own, at the price of the filters' passes over the logits.
+LOOP_LEVELS = (Level.GREEDY, Level.FILTER)
 # On a CPU compiling is slow, and a padded token cheap compared with it. A GPU reads the weights as long as it computes
 # with 16 rows, or with 128 tokens of a step that is not of the shortest.
 _LADDERS = {
@@ -116,7 +119,11 @@ class ModelRunner:
         self.loop_steps = self._choose_loop_steps(platform)
         growth = _LADDERS.get(platform, _LADDERS["gpu"])
         self.ladder = ShapeLadder.of(
-            config.max_num_seqs, config.max_num_batched_tokens, **growth, loop_steps=self.loop_steps
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            **growth,
+            loop_steps=self.loop_steps,
+            loop_levels=LOOP_LEVELS,
         )
         self.sampling = SamplingTable(config.max_num_seqs)
         self._host_sampling = HostSampling(
@@ -170,7 +177,7 @@ class ModelRunner:
         self._meet_new_requests(plan)
         self._prompt_scores, self._pooled, self._failed = None, None, []
         level = self.sampling.level(plan.slots)
-        loops = plan.num_steps // self.loop_steps if self.loop_steps > 1 and level == Level.GREEDY else 0
+        loops = plan.num_steps // self.loop_steps if self.loop_steps > 1 and not level.controls else 0
         sizes = [self.loop_steps] * loops + [1] * (plan.num_steps - loops * self.loop_steps)
         outputs = [self._submit_part(part, level) for part in plan.split(sizes)]
         for one in outputs:
@@ -180,7 +187,10 @@ class ModelRunner:
     def _submit_part(self, plan: StepPlan, level: Level) -> StepOutputs:
         """One program's work: a step, or a loop of them."""
         decode_only = plan.num_decodes == len(plan.slots)
-        shape = self.ladder.fit(len(plan.tokens), len(plan.slots), decode_only, loop=plan.num_steps > 1)
+        if plan.num_steps > 1:
+            shape = self.ladder.fit_loop(len(plan.slots), level)
+        else:
+            shape = self.ladder.fit(len(plan.tokens), len(plan.slots), decode_only)
         layout = self._layout(shape)
         updates = self._send_surplus(page_table_entries(plan, self.max_pages), layout.num_updates)
         packed = layout.pack(plan, self.sampling, updates)
@@ -219,7 +229,7 @@ class ModelRunner:
         """Notes the sampling parameters of requests that have just come into their slots."""
         for row in np.flatnonzero(self._tenancies[plan.slots] != plan.generations).tolist():
             request, slot = plan.requests[row], int(plan.slots[row])
-            self.sampling.fill(slot, request.sampling, request.prompt_len)
+            self.sampling.fill(slot, request.sampling, request.prompt_len, request.stop_token_ids)
             self._host_sampling.admit(slot, request)
             self._tenancies[slot] = plan.generations[row]
 

@@ -5,6 +5,7 @@ the prompt was chunked, or on whether the request was preempted.
 """
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MAX_STOP_IDS = 4  # that a row brings to the device
 _RUN = 128  # tokens
 
 
@@ -112,9 +114,13 @@ class SamplingSpec:
 
 
 class SamplingTable:
-    """The host's table of every slot's sampling parameters: i32[max_num_seqs, width], floats by their bits."""
+    """The host's table of every slot's sampling parameters: i32[max_num_seqs, width], floats by their bits.
 
-    width: ClassVar[int] = 12
+    The last columns are stop tokens, for loops (see `ends`). Of a request with more than MAX_STOP_IDS only the first
+    are here: after one of the others the device goes on, until the host has seen it.
+    """
+
+    width: ClassVar[int] = 12 + MAX_STOP_IDS
 
     def __init__(self, max_num_seqs: int) -> None:
         self.rows = np.zeros((max_num_seqs, self.width), np.int32)
@@ -124,12 +130,15 @@ class SamplingTable:
         self.stepwise = np.zeros(max_num_seqs, np.bool_)
         self.pools = np.zeros(max_num_seqs, np.bool_)
 
-    def fill(self, slot: int, spec: SamplingSpec, prompt_len: int) -> None:
+    def fill(self, slot: int, spec: SamplingSpec, prompt_len: int, stop_ids: Iterable[int] = ()) -> None:
         row = self.rows[slot]
         penalties = spec.presence_penalty, spec.frequency_penalty, spec.repetition_penalty
         row[:6] = np.array([spec.temperature, spec.top_p, spec.min_p, *penalties], np.float32).view(np.int32)
         row[6:8] = np.array([spec.seed & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int32)
-        row[8:] = spec.top_k, spec.min_tokens, spec.controlled, spec.processed_logprobs
+        row[8:12] = spec.top_k, spec.min_tokens, spec.controlled, spec.processed_logprobs
+        # Before min_tokens a stop token ends nothing. (Such rows mask theirs, and are never in a loop.)
+        kept = [] if spec.min_tokens else sorted(stop_ids)[:MAX_STOP_IDS]
+        row[12:] = kept + [-1] * (MAX_STOP_IDS - len(kept))
         self.prompt_len[slot] = prompt_len
         self._level[slot] = spec.level
         self.scores_prompt[slot], self.stepwise[slot] = spec.scores_prompt, spec.stepwise
@@ -174,6 +183,11 @@ class SamplingRows(NamedTuple):
             processed_logprobs=rows[:, 11] > 0,
             positions=kv_lens,
         )
+
+
+def ends(table_rows: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Whether each of the sampled tokens i32[S] ends its row, one of SamplingTable's [S, width]: bool[S]."""
+    return jnp.any(table_rows[:, -MAX_STOP_IDS:] == tokens[:, None], axis=1)
 
 
 def sample(logits: jax.Array, rows: SamplingRows, level: Level) -> jax.Array:

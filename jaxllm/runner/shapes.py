@@ -1,5 +1,6 @@
 """The ladder of shapes: every shape that a step may ever have, so that all of them can be compiled beforehand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FEW = 16
@@ -10,17 +11,20 @@ class StepShape:
     """T tokens and S rows of a step, padding included. A decode-only step has one token a row, so T == S.
 
     num_steps: how many decode steps the device does in a row, each fed with the tokens of the one before.
+    level: at which level of sampling work (sampler.Level) it does them; a single step finds the likeliest tokens.
     """
 
     num_tokens: int
     num_rows: int
     decode_only: bool
     num_steps: int = 1
+    level: int = 0
 
     def __str__(self) -> str:
         if not self.decode_only:
             return f"mixed {self.num_tokens}"
-        return f"decode {self.num_rows}" + (f", {self.num_steps} steps" if self.num_steps > 1 else "")
+        loop = f", {self.num_steps} steps at level {int(self.level)}" if self.num_steps > 1 else ""
+        return f"decode {self.num_rows}{loop}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class SampleShape:
 class ShapeLadder:
     """Decode-only shapes by rows and mixed shapes by tokens, each growing by a factor from smallest to largest.
 
-    `loops` are the decode-only shapes once more, for `loops[0].num_steps` steps in a row.
+    `loops` are the decode-only shapes once more for each level that loops sample at, the lowest first, for
+    `loops[0].num_steps` steps in a row.
     """
 
     decode: tuple[StepShape, ...]
@@ -54,6 +59,7 @@ class ShapeLadder:
         smallest_mixed: int = 32,
         mixed_growth: int = 2,
         loop_steps: int = 1,
+        loop_levels: Sequence[int] = (0,),
     ) -> "ShapeLadder":
         """`few_rows_growth`: how decode shapes grow up to _FEW rows; from there on they double."""
         most = min(max_num_seqs, max_num_batched_tokens)
@@ -63,16 +69,23 @@ class ShapeLadder:
         return cls(
             tuple(StepShape(s, s, True) for s in rows),
             tuple(StepShape(t, min(t, max_num_seqs), False) for t in tokens),
-            tuple(StepShape(s, s, True, loop_steps) for s in rows if loop_steps > 1),
+            tuple(StepShape(s, s, True, loop_steps, level) for level in loop_levels for s in rows if loop_steps > 1),
         )
 
     @property
     def all(self) -> tuple[StepShape, ...]:
         return self.loops + self.decode + self.mixed
 
-    def fit(self, num_tokens: int, num_rows: int, decode_only: bool, loop: bool = False) -> StepShape:
-        """The smallest shape of the ladder that holds a step, or a loop of them. Raises ValueError if none does."""
-        for shape in self.loops if loop else self.decode if decode_only else self.mixed:
+    def fit(self, num_tokens: int, num_rows: int, decode_only: bool) -> StepShape:
+        """The smallest shape of the ladder that holds a step. Raises ValueError if none does."""
+        return self._first(self.decode if decode_only else self.mixed, num_tokens, num_rows)
+
+    def fit_loop(self, num_rows: int, level: int) -> StepShape:
+        """The same for a loop of decode steps: of the lowest level that does all of `level`'s work."""
+        return self._first([shape for shape in self.loops if shape.level >= level], num_rows, num_rows)
+
+    def _first(self, shapes: Sequence[StepShape], num_tokens: int, num_rows: int) -> StepShape:
+        for shape in shapes:
             if shape.num_tokens >= num_tokens and shape.num_rows >= num_rows:
                 return shape
         raise ValueError(f"a step of {num_tokens} tokens in {num_rows} rows exceeds the largest shape, {self.all[-1]}")

@@ -3,9 +3,9 @@
     packed inputs -> batch -> network -> logits of each row's last token -> likeliest token -> last_token of its slot
                                                             logits -> sampled token -> last_token of its slot
 
-A step whose rows all want the likeliest token is one program, and so are several such decode steps in a row. Whatever
-else sampling needs is a program of its own that runs after it, so that it does not multiply the shapes of the network,
-which take long to compile.
+A step whose rows all want the likeliest token is one program. Whatever else sampling needs is a program of its own that
+runs after it, so that it does not multiply the shapes of the network, which take long to compile. Only several decode
+steps in a row are one program with their sampling in it, at one of two levels: a loop has no room for a second program.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from jaxllm.models.interface import KVPages, Network, Params
 from jaxllm.runner.controls import ControlTables, control, count_tokens, take_rows
 from jaxllm.runner.inputs import DeviceState, InputLayout, UnpackedRows, UnpackedStep
 from jaxllm.runner.logprobs import Logprobs, log_probabilities
-from jaxllm.runner.sampler import Level, argmax, sample
+from jaxllm.runner.sampler import Level, sample
 
 
 class StepOutputs(NamedTuple):
@@ -34,17 +34,20 @@ def make_forward(network: Network, layout: InputLayout):
 
     def forward(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
         step = layout.unpack(packed, state, num_pages=kv[0].k.shape[0])
-        kv, state, tokens, logits, hidden = _greedy_step(network, layout, params, kv, step)
+        kv, logits, hidden = _forward(network, layout, params, kv, step)
+        state, tokens = _sample(layout, step, logits, Level.GREEDY)
         return kv, state, StepOutputs(tokens[None], None), logits, step.rows, hidden
 
     return forward
 
 
 def make_decode_loop(network: Network, layout: InputLayout):
-    """decode(params, kv, state, packed) -> (kv, state, StepOutputs): layout.shape.num_steps greedy decode steps.
+    """decode(params, kv, state, packed) -> (kv, state, StepOutputs): layout.shape's decode steps, at its level.
 
     The number of steps is part of the program: were it not, the host would wait for each step to see if it is the last.
+    So a row that ends before only takes no part in the others (InputLayout.unpack_decode).
     """
+    level = Level(layout.shape.level)
 
     def decode(params: Params, kv: KVPages, state: DeviceState, packed: jax.Array):
         num_pages, num_steps = kv[0].k.shape[0], layout.shape.num_steps
@@ -53,7 +56,8 @@ def make_decode_loop(network: Network, layout: InputLayout):
         def one_step(i, carry):
             kv, state, tokens = carry
             step = layout.unpack_decode(packed, state, num_pages, i)
-            kv, state, new, _, _ = _greedy_step(network, layout, params, kv, step)
+            kv, logits, _ = _forward(network, layout, params, kv, step)
+            state, new = _sample(layout, step, logits, level)
             return kv, state, tokens.at[i].set(new)
 
         tokens = jnp.zeros((num_steps, layout.shape.num_rows), jnp.int32)
@@ -63,16 +67,21 @@ def make_decode_loop(network: Network, layout: InputLayout):
     return decode
 
 
-def _greedy_step(network: Network, layout: InputLayout, params: Params, kv: KVPages, step: UnpackedStep):
+def _forward(network: Network, layout: InputLayout, params: Params, kv: KVPages, step: UnpackedStep):
+    """(kv, logits f32[S, V] of each row's last token, hidden [T, D])."""
     with jax.named_scope("forward"):
         hidden, kv = network.forward(params, kv, step.batch)
     with jax.named_scope("logits"):
         decode_only = layout.shape.decode_only
         logits = network.logits(params, hidden if decode_only else hidden[step.last_positions])
-    tokens = argmax(logits)
-    slots = UnpackedRows.of(step.rows, layout.max_num_seqs).slots
-    slots = jnp.where(step.batch.kv_lens > 0, slots, layout.max_num_seqs)
-    return kv, step.state.with_last_tokens(slots, tokens), tokens, logits, hidden
+    return kv, logits, hidden
+
+
+def _sample(layout: InputLayout, step: UnpackedStep, logits: jax.Array, level: Level) -> tuple[DeviceState, jax.Array]:
+    """(state with the rows' new tokens, those tokens i32[S]), at a level without controls."""
+    rows = UnpackedRows.of(step.rows, layout.max_num_seqs, step.batch.kv_lens)
+    tokens = sample(logits, rows.sampling, level)
+    return step.state.with_last_tokens(rows.slots, tokens), tokens
 
 
 def make_sampler(level: Level, max_num_seqs: int):

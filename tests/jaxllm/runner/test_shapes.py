@@ -32,9 +32,11 @@ def test_the_smallest_that_fits():
 
 
 def test_loops_are_the_decode_shapes_once_more():
-    ladder = ShapeLadder.of(8, 256, loop_steps=4)
-    assert [shape.num_rows for shape in ladder.loops] == [shape.num_rows for shape in ladder.decode]
-    assert ladder.fit(3, 3, True, loop=True) == StepShape(4, 4, True, 4)
+    ladder = ShapeLadder.of(8, 256, loop_steps=4, loop_levels=(0, 3))
+    assert [shape.num_rows for shape in ladder.loops] == 2 * [shape.num_rows for shape in ladder.decode]
+    assert ladder.fit_loop(3, 0) == StepShape(4, 4, True, 4)
+    assert ladder.fit_loop(3, 1) == ladder.fit_loop(3, 3) == StepShape(4, 4, True, 4, 3)
+    assert ladder.fit(3, 3, True) == StepShape(4, 4, True)
     assert ShapeLadder.of(8, 256).loops == ()
 
 
