@@ -128,13 +128,13 @@ def llms(tmp_path, monkeypatch):
 
 
 def check_same_tokens(ours, reference, near_tie):
-    """Greedy answers are equal but where the two likeliest log probabilities differ by less than `near_tie`. Behind
-    such a place, both go on from the reference's text."""
+    """Greedy answers are equal but where the reference's log probabilities of its token and ours differ by less than
+    `near_tie`. Behind such a place, both go on from the reference's text."""
     texts, left = [list(prompt) for prompt in MIXED], [NUM_TOKENS] * len(MIXED)
     ties = 0
     while any(left):
         going = [i for i, count in enumerate(left) if count]
-        params = [jaxllm.SamplingParams(temperature=0, max_tokens=left[i], logprobs=2) for i in going]
+        params = [jaxllm.SamplingParams(temperature=0, max_tokens=left[i], logprobs=8) for i in going]
         answers = [
             [output.outputs[0] for output in llm.generate([texts[i] for i in going], params, use_tqdm=False)]
             for llm in (ours, reference)
@@ -142,10 +142,10 @@ def check_same_tokens(ours, reference, near_tie):
         for i, mine, theirs in zip(going, *answers, strict=True):
             alike = np.cumprod(np.equal(mine.token_ids, theirs.token_ids)).sum()
             if alike < left[i]:
-                likeliest = theirs.logprobs[alike]
-                gap = likeliest[theirs.token_ids[alike]].logprob - min(one.logprob for one in likeliest.values())
-                assert gap < near_tie, f"prompt {i}, token {len(texts[i])}: {mine.token_ids[alike]}, and {likeliest}"
-                assert mine.token_ids[alike] in likeliest
+                likeliest, token = theirs.logprobs[alike], mine.token_ids[alike]
+                where = f"prompt {i}, token {len(texts[i])}: {token}, and {likeliest}"
+                assert token in likeliest, where
+                assert likeliest[theirs.token_ids[alike]].logprob - likeliest[token].logprob < near_tie, where
                 ties, alike = ties + 1, alike + 1
             texts[i] += theirs.token_ids[:alike]
             left[i] -= int(alike)
