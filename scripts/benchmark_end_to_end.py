@@ -182,14 +182,14 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def floor_seconds(llm, requests: list[Request], rates: dict[str, float]) -> float:
+def floor_seconds(llm, suite: Suite, requests: list[Request], rates: dict[str, float]) -> float:
     """What the bytes and operations alone take, with as many sequences at once as the engine holds."""
     import jax
 
     runner = llm.llm_engine.runner
     config = runner.network.config
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
-    params = sum(math.prod(spec.shape) for spec in runner.network.specs.values())
+    params = num_parameters(suite)
     embedding = config.vocab_size * config.hidden_size
     if not config.tie_word_embeddings:
         weights, params = weights - embedding * runner.network.dtype.itemsize, params - embedding
@@ -200,6 +200,13 @@ def floor_seconds(llm, requests: list[Request], rates: dict[str, float]) -> floa
     kv_reads = sum(output * (len(ids) + output / 2) for ids, output in requests) * kv_token
     prompt_tokens = sum(len(ids) for ids, _ in requests)
     return (steps * weights + kv_reads) / rates["bytes"] + 2 * params * prompt_tokens / rates["flops"]
+
+
+def num_parameters(suite: Suite) -> int:
+    """Of the model before it is quantized, where they are numbers and not packed words."""
+    from jaxllm.models import build, read_config
+
+    return sum(math.prod(spec.shape) for spec in build(read_config(model_config(suite))).specs.values())
 
 
 def run_suite(name: str, args: argparse.Namespace) -> Iterator[dict]:
@@ -226,7 +233,7 @@ def run_suite(name: str, args: argparse.Namespace) -> Iterator[dict]:
         requests = make_requests(workload, model_config(suite)["vocab_size"], args.azure_trace)
         figures = run(llm, requests)
         output_tokens = sum(output for _, output in requests)
-        figures["floor_seconds"] = floor_seconds(llm, requests, rates)
+        figures["floor_seconds"] = floor_seconds(llm, suite, requests, rates)
         unit = 1e3 / output_tokens if workload.per_token else None
         figures["figure"] = figures["seconds"] * unit if unit else output_tokens / figures["seconds"]
         figures["fraction_of_floor"] = figures["floor_seconds"] / figures["seconds"]
