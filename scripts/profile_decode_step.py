@@ -1,6 +1,6 @@
 """Where a step's time goes: the device's work, the host's for handing it over, and which kernels the device runs.
 
-    python scripts/profile_decode_step.py --config llama-3.1-8b --rows 1 64 --context 1024 --prefill 16384
+    python scripts/profile_decode_step.py llama-3.1-8b --rows 1 64 --context 1024 --prefill 16384
 
 Steps are handed over one after the other without waiting, as the engine does. Kernels are timed by JAX's profiler,
 which runs them one by one and not as a captured graph: their sum is the device's work, and what a step takes beyond it
@@ -8,17 +8,17 @@ is gaps between kernels.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import re
 import tempfile
 import time
 
+import benchmark_end_to_end
 import benchmark_report
-import benchmark_throughput
 import jax
 import numpy as np
 
-from jaxllm import LLM
 from jaxllm.runner.sampler import SamplingSpec
 from jaxllm.scheduling import StepPlan
 
@@ -103,17 +103,17 @@ def profile(runner, plan: StepPlan, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a shape from benchmarks/configs")
+    parser.add_argument("suite", choices=sorted(benchmark_end_to_end.SUITES), help="of benchmark_end_to_end.py")
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prefill", type=int, nargs="*", default=[], help="tokens of prefill steps, besides")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--output-json")
     args = parser.parse_args()
-    config = benchmark_throughput.model_config(args)
-    llm = LLM(
-        config, load_format="dummy", enforce_eager=True, max_num_seqs=max(64, *args.rows),
-        max_num_batched_tokens=max(512, *args.rows, *args.prefill), max_model_len=2 * args.context,
+    suite = dataclasses.replace(benchmark_end_to_end.SUITES[args.suite], max_model_len=2 * args.context)
+    llm = benchmark_end_to_end.make_llm(
+        suite, enforce_eager=True, max_num_seqs=max(64, *args.rows),
+        max_num_batched_tokens=max(512, *args.rows, *args.prefill),
     )  # fmt: skip
     runner = llm.llm_engine.runner
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
@@ -123,7 +123,7 @@ def main() -> None:
     for tokens in args.prefill:
         results.append({"prefill": tokens, **profile(runner, prefill_plan(tokens, runner), 10)})
     if args.output_json:
-        benchmark_report.write(args.output_json, {"config": args.config, "weight_bytes": weights, "steps": results})
+        benchmark_report.write(args.output_json, {"suite": args.suite, "weight_bytes": weights, "steps": results})
 
 
 if __name__ == "__main__":
