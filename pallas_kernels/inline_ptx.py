@@ -63,6 +63,98 @@ def registers_of_words(words: jax.Array, ptx: str, inputs: int, columns: int, dt
     return convert(words)
 
 
+def constant_operand(low: int, high: int, columns: int, dtype) -> jax.Array:
+    """A left operand of the tensor cores [64, columns] in the layout WGMMA, of 16-bit values.
+
+    `low`, `high`: the 32 bits of two neighbours in rows whose number is less than 8 modulo 16, and in others.
+    """
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, layout=layout))
+    def make(_):
+        i32 = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
+        both = [mgpu.utils.bitcast(mgpu.c(bits, i32), pair) for bits in (low, high)]
+        registers = np.array(both * (columns // 8), dtype=object).reshape(
+            layout.to_mgpu().registers_shape((64, columns))
+        )
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return make()
+
+
+def scale_rows(values: jax.Array, low: float, high: float) -> jax.Array:
+    """Values times `low` in rows whose number is less than 8 modulo 16, times `high` in others.
+
+    `values`: float32 [64] in the layout WGMMA.reduce(1).
+    """
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(values.shape, jnp.float32, layout=layout)
+    )
+    def scale(_, values):
+        factors = [mgpu.c(factor, ir.F32Type.get()) for factor in (low, high)]
+        registers = [
+            arith.mulf(r, vector.broadcast(r.type, factors[i % 2])) for i, r in enumerate(values.registers.flat)
+        ]
+        return mgpu.FragmentedArray(
+            _registers=np.array(registers, dtype=object).reshape(values.registers.shape),
+            _layout=values.layout,
+            _is_signed=None,
+        )
+
+    return scale(values)
+
+
+def store_by_column(values: jax.Array, ref) -> None:
+    """Keeps an array whose rows differ by row // 8 % 2 alone, and by the tile of `copy_by_warps` that they are of.
+
+    Args:
+      values: float32 [64, n] in the layout WGMMA.
+      ref: float32 [fold, 2 n] in shared memory, without transforms. A thread finds there what it has written itself.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+    def store(_, values, ref):
+        address = _own_columns(ref)
+        for i, pairs in enumerate(values.registers.reshape(-1, 2)):
+            four = [element for pair in pairs for element in _elements([pair])]
+            _act(f"st.shared.v4.f32 [$0 + {64 * i}], {{$1, $2, $3, $4}};", [address, *four], "r,f,f,f,f")
+
+    store(values, ref)
+
+
+def load_by_column(ref, n: int) -> jax.Array:
+    """float32 [64, n] in the layout WGMMA: what `store_by_column` has kept."""
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=layout)
+    )
+    def load(_, ref):
+        address, registers = _own_columns(ref), []
+        for i in range(n // 8):
+            ptx = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {64 * i}];"
+            four = _inline(ptx, [ir.F32Type.get()] * 4, [address], "=f,=f,=f,=f,r,~{memory}", has_side_effects=True)
+            registers += [_pair(four[:2]), _pair(four[2:])]
+        shape = layout.to_mgpu().registers_shape((64, n))
+        registers = np.array(registers, dtype=object).reshape(shape)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+    return load(ref)
+
+
+def _own_columns(ref):
+    """Where a thread has its part of a row of ref: 16 bytes of 64."""
+    i32 = ir.IntegerType.get_signless(32)
+    lane, warp = _lane_and_warp()
+    fold, elements = ref.type.shape
+    line = arith.muli(_tile_of_warp(warp, fold), mgpu.c(4 * elements, i32))
+    own = arith.muli(arith.remui(lane, mgpu.c(4, i32)), mgpu.c(16, i32))
+    return arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref)), arith.addi(line, own))
+
+
 def copy_by_warps(words, lines, part, wanted) -> None:
     """Begins to copy tiles from global to shared memory, if `wanted`, a scalar. See `wait_for_copies`.
 

@@ -9,15 +9,14 @@ is gaps between kernels.
 
 import argparse
 import dataclasses
-import pathlib
 import re
-import tempfile
 import time
 
 import benchmark_end_to_end
 import benchmark_report
 import jax
 import numpy as np
+from benchmark_profile import kernel_durations
 
 from jaxllm.runner.sampler import SamplingSpec
 from jaxllm.scheduling import StepPlan
@@ -60,20 +59,11 @@ def prefill_plan(tokens: int, runner) -> StepPlan:
 
 def kernel_times(runner, plan: StepPlan, steps: int = 5) -> list[dict]:
     """The kernels of a step by name, numbers aside: microseconds a step, and how often they run in one."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            [runner.submit(plan) for _ in range(steps)][-1].result()
-        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
-        found: dict[str, list[float]] = {}
-        for plane in profile.planes:
-            if plane.name.startswith("/device:GPU"):
-                for line in plane.lines:
-                    if line.name.startswith("Stream"):
-                        for event in line.events:
-                            found.setdefault(re.sub(r"[0-9_]+$", "", event.name), []).append(event.duration_ns)
+    found: dict[str, list[float]] = {}
+    for name, seconds in kernel_durations(lambda: [runner.submit(plan) for _ in range(steps)][-1].result()):
+        found.setdefault(re.sub(r"[0-9_]+$", "", name), []).append(seconds)
     kernels = [
-        {"kernel": name, "microseconds": sum(times) / 1e3 / steps, "count": len(times) / steps}
+        {"kernel": name, "microseconds": sum(times) * 1e6 / steps, "count": len(times) / steps}
         for name, times in found.items()
     ]
     return sorted(kernels, key=lambda one: -one["microseconds"])

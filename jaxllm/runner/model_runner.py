@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 # Decode steps in one program. On a CPU handing a step over costs little beside the step, and compiling much.
 LOOP_STEPS = {"cpu": 1, "gpu": 8}
-# A GPU reads these in 2.5 ms. Handing over a step of 32 layers takes the host 4 to 6, and more where weights are quantized.
+# A GPU reads these in 2.5 ms, and for 32 layers' kernels, one by one, the host needs 4 to 6.
 LOOP_WEIGHT_BYTES = 10**10
 # Each is all decode shapes once more, which take long to compile. A row draws the same token at any level that has its
 # bits, so rows that only draw do without a level of their own, at the price of the filters' passes over the logits.

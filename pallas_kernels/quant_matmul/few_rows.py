@@ -3,10 +3,10 @@
 Such a product takes as long as its weight takes to come from memory, and what a launch costs besides weighs as much: 4
 bits a weight are 7 us of an H200's bandwidth where the matrix is 14336 x 4096, and 2 us where it is 4096 x 4096. So:
 
-- A CTA has 64 rows of the weight, and its warpgroups share the columns. Where that leaves multiprocessors without
-  work, it has 32 or 16 rows, and a warpgroup takes these of two or four tiles at once. So no CTA needs another's sums,
-  and nothing is left for a second kernel; but where not even one stage fits beside the activations of a long row,
-  CTAs share the columns (`split`) and XLA adds, in what uses the product.
+- A CTA has 32 rows of the weight, or 16 or 64, and its warpgroups share the columns: one takes these rows of two tiles
+  at once, or of four or one. So no CTA needs another's sums, and nothing is left for a second kernel; but where not
+  even one stage fits beside the activations of a long row, CTAs share the columns (`split`) and XLA adds, in what uses
+  the product.
 - Each warp copies to shared memory the words that its own threads need (cp.async), for `weight` packed them so. It
   waits for nobody, there is nothing to set up first, and the first instructions ask for all that should be under way:
   4.3 TB/s for 1 us are 33 KB for each of 132 multiprocessors; it is 96 KB, for a CTA's first wait is its longest.
@@ -14,8 +14,9 @@ bits a weight are 7 us of an H200's bandwidth where the matrix is 14336 x 4096, 
 - Activations come with the words of the first 64 rows that they are multiplied with, and stay. All of them at once
   would be waited for: 16 rows of 4096 are 128 KB for each multiprocessor.
 - Products are those of single warps (mma, not wgmma): nothing is waited for but the operands, so that a warp's
-  conversions and another's products overlap. 64 x 128 weights of 4 bits are 140 instructions for each of 4 warps, 72
-  of them to convert; 54 such tiles on each multiprocessor, which issues 4 a cycle, are 4 us of the 7.
+  conversions and another's products overlap. 64 x 128 weights of 4 bits are 110 instructions for each of 4 warps, 40
+  of them to convert: codes are multiplied as they are, and a group's sum begins with what their zeros make of the
+  activations. 54 such tiles on each multiprocessor, which issues 4 a cycle, are 3 us of the 7.
 - The warpgroups' sums meet in shared memory, and one of these writes them.
 """
 
@@ -64,25 +65,23 @@ class Config:
 
 
 def default_config(weight: QuantizedWeight, batch: int) -> Config | None:
-    """A CTA on each multiprocessor, with 512 threads and 96 KB or half of it under way.
+    """A CTA on each multiprocessor or nearly so, with 512 threads and 96 KB or half of it under way.
 
-    None if that does not fit, or for more than 8 rows.
+    None if that does not fit, or for more than 8 rows. 32 rows of the weight at a time took an H200 3 % less time than 64
+    (int4, 14336 x 4096), and 16 rows 6 % less where not every multiprocessor had 32 (4096 x 4096).
     """
     if batch > _MAX_DEFAULT_ROWS:
         return None
     R, C = weight.codes.shape[:2]
     sms = mosaic.num_multiprocessors()
-
-    def longest(rows):
-        """What the CTA with the most to do has to do, in rows; to end a unit takes as long as about 4."""
-        return -(-R * 64 // rows // sms) * (rows + 4)
-
-    rows = min((rows for rows in (64, 32, 16) if C % (64 // rows) == 0), key=longest)
+    idle = sms > 2 * R  # with 32 rows at a time
+    rows = 64 if C % 2 else 16 if C % 4 == 0 and idle else 32
+    units = R * 64 // rows
     most = 48 // KINDS[weight.format].words
     for split in (1, 2, 4, 8):
         for stages in range(most, most // 2, -1):
-            num_ctas = min(R * 64 // rows, sms // split)
-            config = Config(rows, min(4, C * rows // 64 // split), split, num_ctas, stages)
+            each = -(-units // (sms // split))  # of a CTA, so that none has one less than it could have
+            config = Config(rows, min(4, C * rows // 64 // split), split, -(-units // each), stages)
             if fits(weight, batch, config):
                 return config
     return None
@@ -95,7 +94,10 @@ def fits(weight: QuantizedWeight, batch: int, config: Config) -> bool:
         return False
     stage = KINDS[weight.format].words * 512 + _groups_in_tile(weight) * TILE_ROWS * (weight.scales.dtype.itemsize + 2)
     sums = 4 * (batch + -batch % 8) * TILE_ROWS
-    x = 2 * batch * (-(-steps // config.split) * (64 // config.rows) * TILE_COLUMNS + _PAD)
+    tiles = -(-steps // config.split) * (64 // config.rows)
+    x = 2 * batch * (tiles * TILE_COLUMNS + _PAD)
+    if weight.format == "int4":
+        x += tiles * _groups_in_tile(weight) * 8 * (batch + -batch % 8)
     return config.warpgroups * (config.stages * stage + sums) + x + _COMPILERS <= mosaic.SHARED_MEMORY
 
 
@@ -142,14 +144,24 @@ class _Sizes(NamedTuple):
         """Columns that have a scale in common."""
         return TILE_COLUMNS // self.groups
 
+    @property
+    def x_zeros(self):
+        """The shape of a step's `x_zeros`."""
+        return self.groups, self.fold, 2 * self.tile_batch
+
 
 def multiply(x, weight: QuantizedWeight, *, out_dtype, config: Config, interpret: bool = False):
-    """[batch, in] x [out, in] -> [batch, out]; columns of x in the order of the weight's codes."""
+    """[batch, in] x [out, in] -> [batch, out]; columns of x in the order of the weight's codes.
+
+    With int4 and bfloat16, activations of 2^67 and more become infinite (see unpack.ACTIVATION_FACTOR).
+    """
     batch = x.shape[0]
     R, C = weight.codes.shape[:2]
     if not fits(weight, batch, config):
         raise ValueError(f"{config} does not fit {batch} rows and a weight of {C} tiles of columns")
     x = jnp.pad(x, ((0, 0), (0, C * TILE_COLUMNS - x.shape[1])))
+    if weight.format == "int4" and not interpret:
+        x *= unpack.ACTIVATION_FACTOR[x.dtype.name]
     groups, fold, has_row_scales = _groups_in_tile(weight), TILE_ROWS // config.rows, weight.group_size == -1
     by_tile = (R, 1 if has_row_scales else C, groups, TILE_ROWS)
     scales = weight.scales.reshape(by_tile)
@@ -177,11 +189,13 @@ class _Shared(NamedTuple):
     """Shared memory of a CTA.
 
     x       activations of its columns
+    x_zeros     what codes of -8, or of -1 if there are zeros, make of them: by step, group and tile; of int4 alone
     codes, scales, zeros    by stage and warpgroup, a step's
     sums    of the warpgroups; `full` says that they are there, `empty` that they have been taken
     """
 
     x: object
+    x_zeros: object | None
     codes: object
     scales: object
     zeros: object | None
@@ -196,6 +210,7 @@ def _scratch(sizes, weight):
     groups = (*stages, sizes.groups, TILE_ROWS)
     return _Shared(
         x=plgpu.SMEM((sizes.batch, sizes.window * sizes.columns + _PAD), sizes.dtype),
+        x_zeros=plgpu.SMEM((sizes.window, *sizes.x_zeros), jnp.float32) if sizes.format == "int4" else None,
         codes=plgpu.SMEM((*stages, *weight.codes.shape[2:]), jnp.int32),
         scales=plgpu.SMEM(groups, weight.scales.dtype),
         zeros=plgpu.SMEM(groups, weight.zeros.dtype) if sizes.has_zeros else None,
@@ -236,7 +251,10 @@ def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
                 inline_ptx.wait_for_warpgroup()
         loaded = _load(sizes, slot, warpgroup, shared)
         ahead = ask(slot, *ahead, with_x)
-        acc = _add_step(sizes, x_of(step), loaded, acc)
+        x_zeros = shared.x_zeros.at[step - window] if sizes.format == "int4" else None
+        if sizes.format == "int4" and with_x:
+            _multiply_zeros(sizes, x_of(step), x_zeros)
+        acc = _add_step(sizes, x_of(step), x_zeros, loaded, acc)
         return acc, jnp.where(slot + 1 == config.stages, 0, slot + 1), ahead
 
     def multiply_unit(number, state, with_x=False):
@@ -294,36 +312,66 @@ def _load(sizes, slot, warpgroup, shared):
     """A step's words, and a list of scales and of zeros of its groups, from shared memory."""
     words = unpack.load_words(shared.codes.at[slot, warpgroup])
     groups = range(sizes.groups)
-    unit = unpack.unit(sizes.format, sizes.dtype, sizes.interpret)
-    scales = [_by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) * (1 / unit) for group in groups]
+    scales = [_by_row(shared.scales.at[slot, warpgroup, group]).astype(jnp.float32) for group in groups]
+    if sizes.format == "int4":
+        scales = [unpack.scale_nibbles(scale, sizes.dtype, sizes.interpret) for scale in scales]
+    else:
+        scales = [scale * (1 / unpack.unit(sizes.format, sizes.dtype, sizes.interpret)) for scale in scales]
     if not sizes.has_zeros:
         return words, scales, None
-    return words, scales, [_by_row(shared.zeros.at[slot, warpgroup, group]).astype(sizes.dtype) for group in groups]
+    return words, scales, [_by_row(shared.zeros.at[slot, warpgroup, group]).astype(jnp.float32) for group in groups]
 
 
 def _by_row(ref):
     return plgpu.load(ref, layout=BY_ROW, optimized=False)
 
 
-def _add_step(sizes, x, loaded, acc):
+def _multiply_zeros(sizes, x, x_zeros):
+    """Keeps the products of a step's activations and the negative zero, or -1, where each thread will look for them."""
+    code = unpack.minus_nibble(1 if sizes.has_zeros else 8, sizes.span, sizes.dtype, sizes.interpret)
+    for group in range(sizes.groups):
+        product = _product(sizes, code, x, group * sizes.span, _no_sums(sizes))
+        if sizes.interpret:
+            of_tile = product.reshape(sizes.fold, -1, sizes.tile_batch)[:, 0]
+            x_zeros[group] = jnp.concatenate([of_tile, of_tile], axis=1)
+        else:
+            inline_ptx.store_by_column(product, x_zeros.at[group])
+
+
+def _zeros_of(sizes, x_zeros, zeros, group):
+    """What a group's sums begin with."""
+    if sizes.interpret:
+        of_tile = x_zeros[group][:, : sizes.tile_batch]
+        begin = jnp.repeat(of_tile, sizes.config.rows, axis=0)
+    else:
+        begin = inline_ptx.load_by_column(x_zeros.at[group], sizes.tile_batch)
+    return begin if zeros is None else begin * along_columns(zeros[group], begin.shape)
+
+
+def _add_step(sizes, x, x_zeros, loaded, acc):
     """Adds the products of a step to acc, float32 [64, tile_batch]. `x`: its activations in shared memory."""
     words, scales, zeros = loaded
-    arrays = unpack.values_of(words, sizes.format, sizes.dtype, sizes.span, zeros, sizes.interpret)
-    for group, values in enumerate(arrays):
-        product = _product(sizes, values, x, group * sizes.span)
+    if sizes.format == "int4":
+        arrays = unpack.nibbles_of(words, sizes.dtype, sizes.span, sizes.interpret)
+        begins = [_zeros_of(sizes, x_zeros, zeros, group) for group in range(sizes.groups)]
+    else:
+        arrays = unpack.values_of(words, sizes.format, sizes.dtype, sizes.span, None, sizes.interpret)
+        begins = [_no_sums(sizes)] * sizes.groups
+    for group, (values, begin) in enumerate(zip(arrays, begins, strict=True)):
+        product = _product(sizes, values, x, group * sizes.span, begin)
         acc += product * along_columns(scales[group], acc.shape)
     return acc
 
 
-def _product(sizes, values, x, column):
-    """values x activations. Parts of the rows are of different tiles, and so have other columns of activations."""
+def _product(sizes, values, x, column, begin):
+    """begin + values x activations. Parts of the rows are of different tiles, and so have other columns of these."""
     if not sizes.interpret:
-        return inline_ptx.add_product(_no_sums(sizes), values, x, column, sizes.fold)
+        return inline_ptx.add_product(begin, values, x, column, sizes.fold)
     parts = []
     for part, values_of_part in enumerate(jnp.split(values.astype(jnp.float32), sizes.fold)):
         columns = x[:, pl.ds(part * TILE_COLUMNS + column, sizes.span)].astype(jnp.float32)
         parts.append(jnp.dot(values_of_part, columns.T, precision="highest"))
-    return jnp.pad(jnp.concatenate(parts), ((0, 0), (0, sizes.tile_batch - sizes.batch)))
+    return begin + jnp.pad(jnp.concatenate(parts), ((0, 0), (0, sizes.tile_batch - sizes.batch)))
 
 
 def _no_sums(sizes):

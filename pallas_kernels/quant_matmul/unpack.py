@@ -26,6 +26,19 @@ _NIBBLES = """
     fma.rn.{dtype}x2 $3, t, high, middle;
 """
 _NIBBLE_UNIT = 2.0**-9
+# The same without the product, which is half of the instructions: in rows r a code is as many of the smallest denormal
+# numbers, in rows r + 8 sixteen times as many, and zeros are left to be taken from sums.
+_CODES = """
+    .reg .b32 s;
+    shr.u32 s, $4, 8;
+    and.b32 $0, $4, 0x000f000f;
+    and.b32 $1, $4, 0x00f000f0;
+    and.b32 $2, s, 0x000f000f;
+    and.b32 $3, s, 0x00f000f0;
+"""
+SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}
+# What activations are multiplied by before such a product, for 2^-133 times anything small is out of float32's reach.
+ACTIVATION_FACTOR = {"bfloat16": 2.0**60, "float16": 1.0}
 _BYTE_UNIT = 2.0**-6  # of int8 in bfloat16
 
 
@@ -103,6 +116,30 @@ def codes_of(words, format, dtype, span, interpret):
         codes = codes.reshape(TILE_ROWS, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(codes.shape)
         return _cut(codes, span)
     return inline_ptx.registers_of_words(words, "", 1, span, dtype)
+
+
+def nibbles_of(words, dtype, span, interpret):
+    """A tile's int4 codes in units of the smallest number of dtype, see `scale_nibbles`: arrays [64, span]."""
+    if interpret:
+        return _cut(unpack_tiles(words[None, None], "int4").astype(dtype), span)
+    return inline_ptx.registers_of_words(words, _CODES, 1, span, dtype)
+
+
+def minus_nibble(code, span, dtype, interpret):
+    """-code in the units of `nibbles_of`, everywhere in an array [64, span]."""
+    if interpret:
+        return jnp.full((TILE_ROWS, span), -code, dtype)
+    low, high = (((0x8000 | bits) * 0x10001) - 2**32 for bits in (code, 16 * code))  # as a signed number
+    return inline_ptx.constant_operand(low, high, span, dtype)
+
+
+def scale_nibbles(scales, dtype, interpret):
+    """float32 [64]: what brings products of `nibbles_of` and activations times ACTIVATION_FACTOR to `scales`."""
+    if interpret:
+        return scales
+    name = jnp.dtype(dtype).name
+    one = 1 / (SMALLEST[name] * ACTIVATION_FACTOR[name])
+    return inline_ptx.scale_rows(scales, one, one / 16)
 
 
 def unit(format: str, dtype, interpret: bool) -> float:

@@ -62,11 +62,13 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("zeros", ["integer", None])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("config", [(64, 1, 1, 10, 2), (64, 2, 3, 4, 5), (32, 2, 1, 7, 3), (16, 3, 1, 7, 2)], ids=str)
-def test_every_configuration_gives_the_same(config):
-    codes, scales, zeros, values = canonical(0, 640, 1536 - 64, "int4", 64, "integer")
+def test_every_configuration_gives_the_same(config, dtype, zeros):
+    codes, scales, zeros, values = canonical(0, 640, 1536 - 64, "int4", 64, zeros)
     weight = jax.device_put(pack(codes, scales, zeros, format="int4", group_size=64))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 1536 - 64)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 1536 - 64)), dtype)
     y = mosaic_gpu.quant_matmul(x, weight, activation=None, out_dtype=jnp.dtype(jnp.float32), config=Config(*config))
     expected = np.asarray(x, np.float64) @ values.T
     np.testing.assert_allclose(y, expected, atol=1e-3 * expected.std(), rtol=1e-3)

@@ -34,3 +34,19 @@ def test_a_byte_is_the_bits_of_a_denormal_number():
     values = bits.view(jnp.bfloat16).astype(np.float64) * factors["large"] + factors["middle"]
     np.testing.assert_array_equal(values / unpack.unit("int8", jnp.bfloat16, interpret=False), codes)
     np.testing.assert_array_equal(values, values.astype(jnp.bfloat16).astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_code_is_so_many_of_the_smallest_numbers(dtype):
+    smallest = unpack.SMALLEST[jnp.dtype(dtype).name]
+    codes = np.arange(16, dtype=np.uint16)
+    for factor in (1, 16):
+        for sign, bit in ((1, 0), (-1, 0x8000)):
+            values = (codes * factor | bit).astype(np.uint16).view(dtype).astype(np.float64)
+            np.testing.assert_array_equal(values, sign * factor * smallest * codes)
+
+
+def test_products_of_codes_and_activations_are_in_reach_of_float32():
+    for name, smallest in unpack.SMALLEST.items():
+        one = np.float64(smallest) * unpack.ACTIVATION_FACTOR[name]
+        assert one * 1e-9 > np.finfo(np.float32).tiny and np.float32(1 / one) < np.inf
