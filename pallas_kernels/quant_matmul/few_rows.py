@@ -67,8 +67,8 @@ class Config:
 def default_config(weight: QuantizedWeight, batch: int) -> Config | None:
     """A CTA on each multiprocessor or nearly so, with 512 threads and 96 KB or half of it under way.
 
-    None if that does not fit, or for more than 8 rows. 32 rows of the weight at a time took an H200 3 % less time than 64
-    (int4, 14336 x 4096), and 16 rows 6 % less where not every multiprocessor had 32 (4096 x 4096).
+    None if that does not fit, or for more than 8 rows. An H200 took 3 % less time with 32 rows of the weight at a time
+    than with 64 (int4, 14336 x 4096), and with 16 another 6 % where not every multiprocessor had 32 (4096 x 4096).
     """
     if batch > _MAX_DEFAULT_ROWS:
         return None
