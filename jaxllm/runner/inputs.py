@@ -161,7 +161,7 @@ class InputLayout:
             token_ids=jnp.where(in_use, token_ids, 0),
             positions=jnp.where(in_use, positions, 0),
             seq_ids=seq_ids,
-            slots=kv_slots,
+            slots=jax.lax.optimization_barrier(kv_slots),  # or XLA computes them anew in each layer
             page_table=page_table,
             prompt_lens=rows[:, 4],
             decode_only=self.shape.decode_only,

@@ -27,8 +27,11 @@ def kv_write_quantized(k_pages, v_pages, k_scales, v_scales, k, v, slots):
 
 def _scatter(pages, new, slots):
     """pages [P, K, page_size, ...] with new [T, K, ...] at their slots."""
-    page_size = pages.shape[2]
-    return pages.at[slots // page_size, :, slots % page_size].set(new, mode="drop", unique_indices=True)
+    num_heads, page_size = pages.shape[1:3]
+    page, offset = slots // page_size, slots % page_size
+    if len(slots) == 1:  # head by head: one update alone XLA writes as a slice, and reads it first should it be dropped
+        return pages.at[page, jnp.arange(num_heads), offset].set(new[0], mode="drop", unique_indices=True)
+    return pages.at[page, :, offset].set(new, mode="drop", unique_indices=True)
 
 
 def _quantize(x, dtype):

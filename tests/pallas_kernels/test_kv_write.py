@@ -24,6 +24,11 @@ def test_every_token_in_its_place():
             after[:, slot // size, :, slot % size] = new[:, token]
     out = kv_write(*map(jnp.asarray, (*before, *new, slots.astype(np.int32))))
     np.testing.assert_array_equal(np.stack(out), after)
+    one_by_one = before
+    for token in range(T):
+        one = (x[token : token + 1] for x in (*new, slots.astype(np.int32)))
+        one_by_one = kv_write(*map(jnp.asarray, (*one_by_one, *one)))
+    np.testing.assert_array_equal(np.stack(one_by_one), after)
 
 
 @pytest.mark.parametrize("spec", SPECS[:2], ids=str)
