@@ -3,11 +3,11 @@ r"""End-to-end speed with random weights: the workloads of docs/performance.md, 
     python scripts/benchmark_end_to_end.py llama-3.1-8b --azure-trace azure2023_conv.csv.gz --output-json results.json
     python scripts/benchmark_end_to_end.py --start-up llama-3.1-8b
 
-Token ids in, greedy, ignore_eos, no detokenizing, no prefix cache. Each workload runs once to warm up (a few tokens)
-and once to be timed. No program is compiled in a timed pass. PALLAS_KERNELS_BACKEND=reference in the environment
-turns the GPU kernels off. Beside each figure is its floor: the time to read the weights once a step and the KV of every
-token, at the read bandwidth measured in the same run, and to compute the prompts at the measured rate of a bfloat16
-matrix product.
+Token ids in, greedy unless asked otherwise, ignore_eos, no detokenizing, no prefix cache. Each workload runs once to
+warm up (a few tokens) and once to be timed. No program is compiled in a timed pass. PALLAS_KERNELS_BACKEND=reference in
+the environment turns the GPU kernels off. Beside each figure is its floor: the time to read the weights once a step and
+the KV of every token, at the read bandwidth measured in the same run, and to compute the prompts at the measured rate
+of a bfloat16 matrix product.
 """
 
 import argparse
@@ -94,6 +94,7 @@ SUITES = {
 }
 
 
+SAMPLING_OPTIONS = {"temperature": 0.0, "top_p": 1.0}
 ENGINE_OPTIONS = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
 
 
@@ -129,14 +130,16 @@ def model_config(suite: Suite) -> dict:
     return json.loads((benchmark_throughput.CONFIGS / f"{suite.config}.json").read_text())
 
 
-def run(llm, requests: list[Request]) -> dict[str, float]:
+def run(llm, requests: list[Request], sampling: dict[str, float]) -> dict[str, float]:
     """Seconds for all requests, plans and preemptions, of the first pass in which nothing was compiled."""
     from jaxllm import SamplingParams
 
-    params = [SamplingParams(temperature=0, max_tokens=output, ignore_eos=True) for _, output in requests]
-    prompts = [ids for ids, _ in requests]
-    warm = [SamplingParams(temperature=0, max_tokens=min(3, output), ignore_eos=True) for _, output in requests[:64]]
-    llm.generate(prompts[:64], warm, use_tqdm=False)
+    def params_of(requests: list[Request], most: int | None = None) -> list[SamplingParams]:
+        lengths = [output if most is None else min(most, output) for _, output in requests]
+        return [SamplingParams(**sampling, max_tokens=length, ignore_eos=True) for length in lengths]
+
+    params, prompts = params_of(requests), [ids for ids, _ in requests]
+    llm.generate(prompts[:64], params_of(requests[:64], most=3), use_tqdm=False)
     scheduler, programs = llm.llm_engine.scheduler, llm.llm_engine.runner.executables
     for _ in range(4):  # one, unless programs are compiled as they are met
         compiled, plans, preemptions = len(programs), scheduler.num_plans, scheduler.num_preemptions
@@ -218,11 +221,13 @@ def run_suite(name: str, args: argparse.Namespace) -> Iterator[dict]:
     rates = ceilings()
     start = time.perf_counter()
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS} | {"enforce_eager": args.compile_as_met}
+    sampling = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
     llm = make_llm(suite, **options)
     print(f"{name}: engine ready in {time.perf_counter() - start:.1f} s", flush=True)
     report = {
         "suite": name,
         "dtype": suite.dtype,
+        "sampling": sampling,
         "ceilings": rates,
         "backend": os.environ.get("PALLAS_KERNELS_BACKEND", "mosaic_gpu"),
         "workloads": [],
@@ -231,7 +236,7 @@ def run_suite(name: str, args: argparse.Namespace) -> Iterator[dict]:
         if (workload.trace and args.azure_trace is None) or (args.only and args.only not in workload.name):
             continue
         requests = make_requests(workload, model_config(suite)["vocab_size"], args.azure_trace)
-        figures = run(llm, requests)
+        figures = run(llm, requests, sampling)
         output_tokens = sum(output for _, output in requests)
         figures["floor_seconds"] = floor_seconds(llm, suite, requests, rates)
         unit = 1e3 / output_tokens if workload.per_token else None
@@ -286,6 +291,8 @@ def main() -> None:
     parser.add_argument("--start-up", action="store_true", help="measure the start of the engine instead")
     parser.add_argument("--azure-trace", help="CSV (or .csv.gz) of the Azure LLM inference trace 2023, conversations")
     parser.add_argument("--only", help="run the workloads alone whose name has this in it")
+    for name, default in SAMPLING_OPTIONS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=float, default=default, help="SamplingParams'")
     for name in ENGINE_OPTIONS:
         parser.add_argument("--" + name.replace("_", "-"), type=int, help="the engine's")
     parser.add_argument(

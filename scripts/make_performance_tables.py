@@ -67,11 +67,13 @@ def end_to_end() -> None:
         for one in results["workloads"]:
             unit = "ms a token" if one["per_token"] else "tokens/s"
             others = [f"{one[key]:,}" if one[key] else "" for key in ("vllm", "hf", "asked")]
-            kernels = "" if results["backend"] == "mosaic_gpu" else f", kernels: {results['backend']}"
+            how = "" if results["backend"] == "mosaic_gpu" else f", kernels: {results['backend']}"
+            if (sampling := results.get("sampling", {})).get("temperature"):
+                how += f", temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}"
             figure = f"{one['figure']:,.2f}" if one["per_token"] else f"{one['figure']:,.0f}"
             rows.append(
                 [
-                    f"{results['suite']}{kernels}, {one['name']}",
+                    f"{results['suite']}{how}, {one['name']}",
                     unit,
                     figure,
                     f"{one['fraction_of_floor']:.0%}",
