@@ -42,8 +42,8 @@ class SampleShape:
 class ShapeLadder:
     """Decode-only shapes by rows and mixed shapes by tokens, each growing by a factor from smallest to largest.
 
-    `loops` are the decode-only shapes once more for each level that loops sample at, the lowest first, for
-    `loops[0].num_steps` steps in a row.
+    `loops` are the decode-only shapes once more for each level that loops sample at, the lowest first, for several
+    steps in a row; beyond the lowest level those of few rows alone.
     """
 
     decode: tuple[StepShape, ...]
@@ -60,8 +60,12 @@ class ShapeLadder:
         mixed_growth: int = 2,
         loop_steps: int = 1,
         loop_levels: Sequence[int] = (0,),
+        max_sampled_loop_rows: int = 128,
     ) -> "ShapeLadder":
-        """`few_rows_growth`: how decode shapes grow up to _FEW rows; from there on they double."""
+        """`few_rows_growth`: how decode shapes grow up to _FEW rows; from there on they double.
+
+        `max_sampled_loop_rows`: of loops beyond the lowest level.
+        """
         most = min(max_num_seqs, max_num_batched_tokens)
         few = min(_FEW, most)
         rows = steps(1, few, few_rows_growth)[:-1] + steps(few, most, 2)
@@ -69,7 +73,12 @@ class ShapeLadder:
         return cls(
             tuple(StepShape(s, s, True) for s in rows),
             tuple(StepShape(t, min(t, max_num_seqs), False) for t in tokens),
-            tuple(StepShape(s, s, True, loop_steps, level) for level in loop_levels for s in rows if loop_steps > 1),
+            tuple(
+                StepShape(s, s, True, loop_steps, level)
+                for level in loop_levels
+                for s in rows
+                if loop_steps > 1 and (level == loop_levels[0] or s <= max_sampled_loop_rows)
+            ),
         )
 
     @property
@@ -80,9 +89,9 @@ class ShapeLadder:
         """The smallest shape of the ladder that holds a step. Raises ValueError if none does."""
         return self._first(self.decode if decode_only else self.mixed, num_tokens, num_rows)
 
-    def fit_loop(self, num_rows: int, level: int) -> StepShape:
-        """The same for a loop of decode steps: of the lowest level that does all of `level`'s work."""
-        return self._first([shape for shape in self.loops if shape.level >= level], num_rows, num_rows)
+    def fit_loop(self, num_rows: int, level: int) -> StepShape | None:
+        """The same for a loop of decode steps, of the lowest level that does `level`'s work; None if none does."""
+        return next((shape for shape in self.loops if shape.level >= level and shape.num_rows >= num_rows), None)
 
     def _first(self, shapes: Sequence[StepShape], num_tokens: int, num_rows: int) -> StepShape:
         for shape in shapes:

@@ -40,6 +40,14 @@ def test_loops_are_the_decode_shapes_once_more():
     assert ShapeLadder.of(8, 256).loops == ()
 
 
+def test_loops_that_sample_are_of_few_rows():
+    ladder = ShapeLadder.of(8, 256, loop_steps=4, loop_levels=(0, 3), max_sampled_loop_rows=4)
+    assert [shape.num_rows for shape in ladder.loops if shape.level == 3] == [1, 2, 4]
+    assert ladder.fit_loop(4, 1) == StepShape(4, 4, True, 4, 3)
+    assert ladder.fit_loop(5, 1) is None
+    assert ladder.fit_loop(5, 0) == StepShape(8, 8, True, 4)
+
+
 def test_few_rows_may_grow_faster():
     ladder = ShapeLadder.of(128, 256, few_rows_growth=4)
     assert [shape.num_rows for shape in ladder.decode] == [1, 4, 16, 32, 64, 128]
