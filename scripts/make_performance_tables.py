@@ -43,7 +43,7 @@ def throughput() -> None:
 
 
 def kernels() -> None:
-    for op in ("by-profiler", "paged-decode", "paged-mla", "ragged-prefill", "quant-matmul", "quant-matmul-few-rows"):
+    for op in ("by-profiler", "paged-decode", "paged-mla", "ragged-prefill", "quant-matmul"):
         results = read(f"kernels-h200-{op}")["results"]
         of = f"of {results['ceilings']['bytes'] / 1e12:.2f} TB/s read"
         if op == "ragged-prefill":
