@@ -223,21 +223,51 @@ def copy_by_warpgroup(source, target, wanted) -> None:
     def copy(_, source, target, wanted):
         i32 = ir.IntegerType.get_signless(32)
         wanted = arith.cmpi(arith.CmpIPredicate.ne, wanted.registers.item(), mgpu.c(0, i32))
-        rows, columns = source.type.shape
-        pieces = columns // 8  # of 16 bytes, in a row
-        thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
-        row, piece = (f(thread, mgpu.c(pieces, i32)) for f in (arith.divui, arith.remui))
-        piece = arith.muli(piece, mgpu.c(16, i32))
-        for first in range(0, rows, 128 // pieces):
-            own = arith.addi(row, mgpu.c(first, i32))
-            there = arith.andi(wanted, arith.cmpi(arith.CmpIPredicate.ult, own, mgpu.c(rows, i32)))
-            start, end = (
-                arith.addi(arith.muli(own, mgpu.c(2 * ref.type.get_strides_and_offset()[0][0], i32)), piece)
-                for ref in (source, target)
-            )
-            _copy_pieces(source, target, start, end, [0], there)
+        for start, end in zip(_own_pieces(source), _own_pieces(target), strict=True):
+            _copy_pieces(source, target, start[1], end[1], [0], arith.andi(wanted, start[0]))
 
     copy(source, target, wanted.astype(jnp.int32))
+
+
+def scale_copied(ref, factor: float) -> None:
+    """Multiplies what `copy_by_warpgroup` has brought to `ref`, of bfloat16, by a power of two.
+
+    A thread does so to what it has copied itself: between `wait_for_copies` and `wait_for_warpgroup`.
+    """
+    bits = int(np.asarray(factor, jnp.bfloat16).view(np.uint16)) * 0x10001
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def scale(_, ref):
+        i32 = ir.IntegerType.get_signless(32)
+        base = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref))
+        for there, offset in _own_pieces(ref):
+            products = "".join(f"mul.rn.bf16x2 r{i}, r{i}, factor;" for i in range(4))
+            _act(
+                "{.reg .b32 r0, r1, r2, r3, factor;"
+                f"mov.b32 factor, {bits:#x};"
+                "@$0 ld.shared.v4.b32 {r0, r1, r2, r3}, [$1];"
+                f"{products}"
+                "@$0 st.shared.v4.b32 [$1], {r0, r1, r2, r3};}",
+                [there, arith.addi(base, offset)],
+                "b,r",
+            )
+
+    scale(ref)
+
+
+def _own_pieces(ref):
+    """A warpgroup's thread's pieces of 16 bytes in [rows, columns] of 16 bits: whether it is there, and its offset."""
+    i32 = ir.IntegerType.get_signless(32)
+    rows, columns = ref.type.shape
+    (stride, _), _ = ref.type.get_strides_and_offset()
+    pieces = columns // 8  # in a row
+    thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
+    row, piece = (f(thread, mgpu.c(pieces, i32)) for f in (arith.divui, arith.remui))
+    piece = arith.muli(piece, mgpu.c(16, i32))
+    for first in range(0, rows, 128 // pieces):
+        own = arith.addi(row, mgpu.c(first, i32))
+        there = arith.cmpi(arith.CmpIPredicate.ult, own, mgpu.c(rows, i32))
+        yield there, arith.addi(arith.muli(own, mgpu.c(2 * stride, i32)), piece)
 
 
 def wait_for_warpgroup() -> None:

@@ -160,8 +160,6 @@ def multiply(x, weight: QuantizedWeight, *, out_dtype, config: Config, interpret
     if not fits(weight, batch, config):
         raise ValueError(f"{config} does not fit {batch} rows and a weight of {C} tiles of columns")
     x = jnp.pad(x, ((0, 0), (0, C * TILE_COLUMNS - x.shape[1])))
-    if weight.format == "int4" and not interpret:
-        x *= unpack.ACTIVATION_FACTOR[x.dtype.name]
     groups, fold, has_row_scales = _groups_in_tile(weight), TILE_ROWS // config.rows, weight.group_size == -1
     by_tile = (R, 1 if has_row_scales else C, groups, TILE_ROWS)
     scales = weight.scales.reshape(by_tile)
@@ -248,6 +246,8 @@ def _kernel(sizes, x_ref, codes_ref, scales_ref, zeros_ref, out_ref, *scratch):
         if not sizes.interpret:
             inline_ptx.wait_for_copies(but=config.stages - 1)
             if with_x:
+                if sizes.format == "int4" and (factor := unpack.ACTIVATION_FACTOR[sizes.dtype.name]) != 1:
+                    inline_ptx.scale_copied(x_of(step), factor)
                 inline_ptx.wait_for_warpgroup()
         loaded = _load(sizes, slot, warpgroup, shared)
         ahead = ask(slot, *ahead, with_x)
