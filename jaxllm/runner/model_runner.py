@@ -138,15 +138,14 @@ class ModelRunner:
         self._tenancies = np.full(config.max_num_seqs, -1, np.int64)
         self._kv_dtype = kv_pool.kv_dtype(network, config.kv_cache_dtype)
         self._page_bytes = kv_pool.page_bytes(network, config.block_size, self._kv_dtype)
-        self._measured: Executables | None = None  # the programs that counting pages took
-        self.num_pages = self._count_pages()
+        self.num_pages, measured = self._count_pages()
         if shrink_model_len:
             self._shrink_model_len()
         kv_pool.check_holds_one_sequence(self.num_pages, config.block_size, self.config.max_model_len, self._page_bytes)
         self.executables = self._programs()
-        if self._measured is not None:
-            self.executables.adopt(self._measured, self._keys_without_pages)
-            self._measured = None
+        if measured is not None:
+            self.executables.adopt(measured, self._keys_without_pages)
+        del measured  # the others, before memory is tight
         if not config.enforce_eager:  # before the KV pages: tuning a matrix product takes memory of its own
             self._warm_up()
         self.reset()
@@ -340,14 +339,15 @@ class ModelRunner:
         seconds = self.executables.warm_up(self.program_keys, self.config.use_tqdm_on_load)
         logger.info("compiled or loaded %d programs in %.1f s", len(self.program_keys), seconds)
 
-    def _count_pages(self) -> int:
+    def _count_pages(self) -> tuple[int, Executables | None]:
+        """Pages of the KV pool, and the programs that it took to count them, if any."""
         config = self.config
         if config.num_gpu_blocks_override is not None:
-            return config.num_gpu_blocks_override
+            return config.num_gpu_blocks_override, None
         if config.kv_cache_memory_bytes is not None:
-            return kv_pool.pages_in(config.kv_cache_memory_bytes, self._page_bytes)
+            return kv_pool.pages_in(config.kv_cache_memory_bytes, self._page_bytes), None
         if kv_pool.device_memory(_device_of(self.params)) is None:
-            return kv_pool.pages_in(kv_pool.CPU_KV_BYTES, self._page_bytes)
+            return kv_pool.pages_in(kv_pool.CPU_KV_BYTES, self._page_bytes), None
         return self._measure_pages()
 
     def _shrink_model_len(self) -> None:
@@ -359,7 +359,7 @@ class ModelRunner:
             self.config = dataclasses.replace(self.config, max_model_len=held)
             self.max_pages = self.num_pages
 
-    def _measure_pages(self) -> int:
+    def _measure_pages(self) -> tuple[int, Executables]:
         """Pages that fit beside the weights and the largest step's working memory; one such step is run to measure."""
         shape = self.ladder.mixed[-1]
         self.num_pages = self.max_pages
@@ -368,7 +368,6 @@ class ModelRunner:
         # While the step is compiled, which takes long, so is what will be the same for any number of pages.
         others = [] if self.config.enforce_eager else self._keys_without_pages
         programs.warm_up([*largest, *(key for key in others if key not in largest)], progress=False)
-        self._measured = programs
         forward, sampler, scorer = (programs[key] for key in largest)
         idle = self._layout(shape).pack(StepPlan(0), self.sampling, np.zeros((0, 2), np.int32))
         self._kv, state, _, logits, rows, hidden = forward(self.params, self._kv, self._state, idle)
@@ -385,7 +384,7 @@ class ModelRunner:
             "device memory for the engine: %.2f GiB; weights %.2f, largest step %.2f, KV %.2f = %d pages",
             *(size / 2**30 for size in (limit, in_use, step_bytes, pages * self._page_bytes)), pages,
         )  # fmt: skip
-        return pages
+        return pages, programs
 
 
 def _shapes_of(arrays: Any) -> Any:
