@@ -48,17 +48,8 @@ def registers_of_words(words: jax.Array, ptx: str, inputs: int, columns: int, dt
             flat = [r for i in range(0, len(flat), inputs) for r in _four_registers(ptx, flat[i : i + inputs])]
         register_type = ir.VectorType.get((values,), mgpu.utils.dtype_to_ir_type(dtype))
         flat = [mgpu.utils.bitcast(r, register_type) for r in flat]
-        mgpu_layout = layout.to_mgpu()
-        shape = mgpu_layout.registers_shape((64, columns))
         each = len(flat) // count
-        return [
-            mgpu.FragmentedArray(
-                _registers=np.array(flat[i * each : (i + 1) * each], dtype=object).reshape(shape),
-                _layout=mgpu_layout,
-                _is_signed=mgpu.utils.is_signed(dtype),
-            )
-            for i in range(count)
-        ]
+        return [_array(flat[i * each : (i + 1) * each], (64, columns), layout, dtype) for i in range(count)]
 
     return convert(words)
 
@@ -75,10 +66,7 @@ def constant_operand(low: int, high: int, columns: int, dtype) -> jax.Array:
         i32 = ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
         both = [mgpu.utils.bitcast(mgpu.c(bits, i32), pair) for bits in (low, high)]
-        registers = np.array(both * (columns // 8), dtype=object).reshape(
-            layout.to_mgpu().registers_shape((64, columns))
-        )
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+        return _array(both * (columns // 8), (64, columns), layout, dtype)
 
     return make()
 
@@ -98,11 +86,7 @@ def scale_rows(values: jax.Array, low: float, high: float) -> jax.Array:
         registers = [
             arith.mulf(r, vector.broadcast(r.type, factors[i % 2])) for i, r in enumerate(values.registers.flat)
         ]
-        return mgpu.FragmentedArray(
-            _registers=np.array(registers, dtype=object).reshape(values.registers.shape),
-            _layout=values.layout,
-            _is_signed=None,
-        )
+        return _array(registers, values.shape, layout, jnp.float32)
 
     return scale(values)
 
@@ -119,8 +103,8 @@ def store_by_column(values: jax.Array, ref) -> None:
     def store(_, values, ref):
         address = _own_columns(ref)
         for i, pairs in enumerate(values.registers.reshape(-1, 2)):
-            four = [element for pair in pairs for element in _elements([pair])]
-            _act(f"st.shared.v4.f32 [$0 + {64 * i}], {{$1, $2, $3, $4}};", [address, *four], "r,f,f,f,f")
+            operands = [address, *_elements(pairs)]
+            _act(f"st.shared.v4.f32 [$0 + {64 * i}], {{$1, $2, $3, $4}};", operands, "r,f,f,f,f")
 
     store(values, ref)
 
@@ -138,9 +122,7 @@ def load_by_column(ref, n: int) -> jax.Array:
             ptx = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {64 * i}];"
             four = _inline(ptx, [ir.F32Type.get()] * 4, [address], "=f,=f,=f,=f,r,~{memory}", has_side_effects=True)
             registers += [_pair(four[:2]), _pair(four[2:])]
-        shape = layout.to_mgpu().registers_shape((64, n))
-        registers = np.array(registers, dtype=object).reshape(shape)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+        return _array(registers, (64, n), layout, jnp.float32)
 
     return load(ref)
 
@@ -223,8 +205,8 @@ def copy_by_warpgroup(source, target, wanted) -> None:
     def copy(_, source, target, wanted):
         i32 = ir.IntegerType.get_signless(32)
         wanted = arith.cmpi(arith.CmpIPredicate.ne, wanted.registers.item(), mgpu.c(0, i32))
-        for start, end in zip(_own_pieces(source), _own_pieces(target), strict=True):
-            _copy_pieces(source, target, start[1], end[1], [0], arith.andi(wanted, start[0]))
+        for (there, start), (_, end) in zip(_own_pieces(source), _own_pieces(target), strict=True):
+            _copy_pieces(source, target, start, end, [0], arith.andi(wanted, there))
 
     copy(source, target, wanted.astype(jnp.int32))
 
@@ -358,10 +340,8 @@ def add_product(acc: jax.Array, values: jax.Array, x, column: int, fold: int) ->
                     one = (k + i) // 2 % 2
                     sums[n][one] = _mma(dtype, sums[n][one], registers[2 * i : 2 * i + 4], right[i : i + 2])
         sums = [[arith.addf(a, b) for a, b in zip(*both, strict=True)] for both in sums]
-        registers = np.array([_pair(pair) for each in sums for pair in (each[:2], each[2:])], dtype=object)
-        return mgpu.FragmentedArray(
-            _registers=registers.reshape(acc.registers.shape), _layout=acc.layout, _is_signed=None
-        )
+        registers = [_pair(pair) for each in sums for pair in (each[:2], each[2:])]
+        return _array(registers, acc.shape, layout, jnp.float32)
 
     return multiply(acc, values, x)
 
@@ -400,6 +380,16 @@ def store_sums(parts, ref) -> None:
             _act(f"@$0 st.global.b{8 * size} [$1], $2;", [there, address, value], "b,l," + {2: "h", 4: "r"}[size])
 
     store(parts, ref)
+
+
+def _array(registers, shape, layout, dtype):
+    """An array of a thread's registers, a list."""
+    layout = layout.to_mgpu()
+    return mgpu.FragmentedArray(
+        _registers=np.array(registers, dtype=object).reshape(layout.registers_shape(shape)),
+        _layout=layout,
+        _is_signed=mgpu.utils.is_signed(dtype),
+    )
 
 
 def _elements(vectors):

@@ -470,7 +470,7 @@ def check_quant(spec: QuantSpec, kernel: Callable) -> float:
         x.astype(jnp.float32), weight, activation=spec.activation, out_dtype=jnp.dtype(jnp.float32)
     )
     expected = np.asarray(expected)
-    poisoned = [2**24, 2**22, expected.size // 2] * 2
+    poisoned = [2**24, 2**22, expected.size // 2]
     deviation = expected.std()
     return difference_of_two_runs(
         lambda: np.asarray(kernel(x, weight), np.float32) / deviation, expected / deviation, poisoned, jnp.float32,

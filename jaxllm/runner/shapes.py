@@ -87,17 +87,14 @@ class ShapeLadder:
 
     def fit(self, num_tokens: int, num_rows: int, decode_only: bool) -> StepShape:
         """The smallest shape of the ladder that holds a step. Raises ValueError if none does."""
-        return self._first(self.decode if decode_only else self.mixed, num_tokens, num_rows)
+        for shape in self.decode if decode_only else self.mixed:
+            if shape.num_tokens >= num_tokens and shape.num_rows >= num_rows:
+                return shape
+        raise ValueError(f"a step of {num_tokens} tokens in {num_rows} rows exceeds the largest shape, {self.all[-1]}")
 
     def fit_loop(self, num_rows: int, level: int) -> StepShape | None:
         """The same for a loop of decode steps, of the lowest level that does `level`'s work; None if none does."""
         return next((shape for shape in self.loops if shape.level >= level and shape.num_rows >= num_rows), None)
-
-    def _first(self, shapes: Sequence[StepShape], num_tokens: int, num_rows: int) -> StepShape:
-        for shape in shapes:
-            if shape.num_tokens >= num_tokens and shape.num_rows >= num_rows:
-                return shape
-        raise ValueError(f"a step of {num_tokens} tokens in {num_rows} rows exceeds the largest shape, {self.all[-1]}")
 
 
 def steps(first: int, last: int, growth: int) -> list[int]:
