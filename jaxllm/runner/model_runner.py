@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 
 # Decode steps in one program. On a CPU handing a step over costs little beside the step, and compiling much.
 LOOP_STEPS = {"cpu": 1, "gpu": 8}
-# A GPU reads these in 2.5 ms, and for 32 layers' kernels, one by one, the host needs 4 to 6.
-LOOP_WEIGHT_BYTES = 10**10
+# Loops are of half as many steps where weights are more than the first, and there are none beyond the second, which a
+# GPU reads in 2.5 ms, while for 32 layers' kernels, one by one, the host needs 4 to 6.
+LOOP_WEIGHT_BYTES = 4 * 10**9, 10**10
 # Each is all decode shapes once more, which take long to compile. A row draws the same token at any level that has its
 # bits, so rows that only draw do without a level of their own, at the price of the filters' passes over the logits: 0.2
 # ms a step for one row of 64,798 logits on an H200, and 3.7 for 1,024 rows, which step without loops.
@@ -111,6 +112,9 @@ class ModelRunner:
       network, params: the model.
       config: the engine's configuration, resolved (no field left open).
       shrink_model_len: lower max_model_len to what the KV pages hold, rather than refuse.
+
+    Attributes:
+      loop_steps: decode steps in a program that does several; 1 if none does.
     """
 
     def __init__(self, network: Network, params: Params, config: EngineConfig, shrink_model_len: bool = False) -> None:
@@ -119,11 +123,12 @@ class ModelRunner:
         self.max_pages = -(-config.max_model_len // config.block_size)
         platform = _device_of(params).platform
         growth = _LADDERS.get(platform, _LADDERS["gpu"])
+        self.loop_steps = self._choose_loop_steps(platform)
         self.ladder = ShapeLadder.of(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             **growth,
-            loop_steps=self._choose_loop_steps(platform),
+            loop_steps=self.loop_steps,
             loop_levels=LOOP_LEVELS,
         )
         self.sampling = SamplingTable(config.max_num_seqs)
@@ -246,11 +251,13 @@ class ModelRunner:
     # --- start-up
 
     def _choose_loop_steps(self, platform: str) -> int:
-        """1 where a step is so long that the loop (see scheduling.loop) takes no more than one at a time."""
+        """1 where a step is so long that the host hands over the next one meanwhile."""
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        if platform != "cpu" and weights > LOOP_WEIGHT_BYTES:
+        half, none = LOOP_WEIGHT_BYTES
+        if platform != "cpu" and weights > none:
             return 1
-        return min(LOOP_STEPS.get(platform, LOOP_STEPS["gpu"]), self.config.num_scheduler_steps)
+        steps = LOOP_STEPS.get(platform, LOOP_STEPS["gpu"])
+        return min(steps // 2 if platform != "cpu" and weights > half else steps, self.config.num_scheduler_steps)
 
     def _programs(self) -> Executables:
         """The programs for the present number of pages."""

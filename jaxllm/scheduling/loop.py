@@ -11,6 +11,7 @@ from jaxllm.scheduling.request import IntArray
 from jaxllm.scheduling.scheduler import Scheduler
 
 BURST_SECONDS = 0.008  # so long a row's tokens may be held back, and a newcomer kept waiting, for the sake of few plans
+LOOP_SECONDS = 0.016  # the same for the sake of one device loop, without which the device may wait for the host
 
 
 class StepResult(Protocol):
@@ -32,7 +33,7 @@ class Executor(Protocol[ResultT_co]):
 
 
 class EngineLoop(Generic[ResultT_co]):
-    """Runs steps, `ahead` of their results by 0 or 1.
+    """Runs steps, `ahead` of their results by 0 or 1, up to `max_steps` a plan; the executor has loops of `loop_steps`.
 
     Run plainly, the device waits while Python schedules and Python waits while the device computes. Run ahead by one,
     step k+1 is scheduled and submitted before the tokens of step k are read:
@@ -48,9 +49,10 @@ class EngineLoop(Generic[ResultT_co]):
         clock: Callable[[], float],
         ahead: int = 1,
         max_steps: int = 1,
+        loop_steps: int = 1,
     ) -> None:
         self.scheduler, self.executor, self.clock = scheduler, executor, clock
-        self.ahead, self.max_steps = ahead, max_steps
+        self.ahead, self.max_steps, self.loop_steps = ahead, max_steps, loop_steps
         self._in_flight: deque[tuple[StepPlan, Pending[ResultT_co], float]] = deque()
         self._seconds_per_step = float("inf")
         self._last_result_at = float("-inf")
@@ -76,8 +78,12 @@ class EngineLoop(Generic[ResultT_co]):
         return self.scheduler.update(plan, result.tokens, now, seconds), result
 
     def _steps_in_a_burst(self) -> int:
-        """Where a decode step is shorter than the host's work for it, several are planned at once."""
-        return max(min(int(BURST_SECONDS / max(self._seconds_per_step, 1e-9)), self.max_steps), 1)
+        """Where a decode step is shorter than the host's work for it, several are planned at once: whole loops."""
+        steps = min(int(BURST_SECONDS / max(self._seconds_per_step, 1e-9)), self.max_steps)
+        if steps >= self.loop_steps:
+            return max(steps - steps % self.loop_steps, 1)
+        fits = self.loop_steps <= self.max_steps and self.loop_steps * self._seconds_per_step <= LOOP_SECONDS
+        return self.loop_steps if fits else max(steps, 1)
 
     def drop_in_flight(self) -> None:
         """Forgets the steps in flight, after the executor has failed."""

@@ -128,3 +128,17 @@ def test_dropping_what_is_in_flight():
     loop.drop_in_flight()
     loop.scheduler.finish(request, FinishReason.ERROR)
     assert loop.idle and loop.step() is None and executor.log == ["submit 1"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "loop_steps", "expected"),
+    [
+        (float("inf"), 1, 1), (0.0001, 1, 16), (0.001, 1, 8), (0.0079, 1, 1), (0.05, 1, 1),
+        (float("inf"), 8, 1), (0.0001, 8, 16), (0.0007, 8, 8), (0.0019, 8, 8), (0.0021, 8, 3),
+        (0.0024, 4, 4), (0.0039, 4, 4), (0.0041, 4, 1), (0.012, 4, 1), (0.0001, 32, 16),
+    ],
+)  # fmt: skip
+def test_a_burst_is_whole_loops_if_it_can_be(seconds, loop_steps, expected):
+    loop, _ = make(1, [])
+    loop.max_steps, loop.loop_steps, loop._seconds_per_step = 16, loop_steps, seconds
+    assert loop._steps_in_a_burst() == expected
