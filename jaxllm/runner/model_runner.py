@@ -50,6 +50,8 @@ _LADDERS = {
     "cpu": {"few_rows_growth": 2, "smallest_mixed": 32, "mixed_growth": 4},
     "gpu": {"few_rows_growth": 4, "smallest_mixed": 128, "mixed_growth": 2},
 }
+# Kernels that do not need one another's results run side by side, as a layer's writes of keys and of values do.
+_GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 # From so many tokens on cuBLAS's matrix products are the fastest, and XLA need not try its own, which takes most of the
 # time that a GPU's programs take to compile.
 _MANY_TOKENS = 256
@@ -322,8 +324,9 @@ class ModelRunner:
         forward = make(self.network, layout)
         forward.__name__ = str(shape).replace(", ", "_").replace(" ", "_")
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        many = shape.num_tokens >= _MANY_TOKENS and _device_of(self.params).platform == "gpu"
-        options = {"xla_gpu_enable_triton_gemm": False} if many else None
+        options = {}
+        if _device_of(self.params).platform == "gpu":
+            options = _GPU_OPTIONS | ({"xla_gpu_enable_triton_gemm": False} if shape.num_tokens >= _MANY_TOKENS else {})
         program = jax.jit(forward, donate_argnums=(1, 2), compiler_options=options)
         return program.lower(_shapes_of(self.params), kv, state, packed)
 
