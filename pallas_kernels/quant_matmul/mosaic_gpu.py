@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import inline_ptx, mosaic
 from pallas_kernels.mosaic import pl, plgpu
 from pallas_kernels.quant_matmul import few_rows, reference, unpack
 from pallas_kernels.quant_matmul.unpack import along_columns
@@ -217,12 +217,11 @@ def _multiply(x, x_scales, weight, out_dtype, config, interpret):
     x = jnp.pad(x, ((0, more_rows), (0, column_tiles * TILE_COLUMNS - x.shape[1])))
     x_scales = jnp.pad(x_scales, ((0, 0), (0, more_rows)))
     shares = _Shares(sizes)
+    shape = sizes.batch if sizes.batch_tiles == 1 else x.shape[0], tiles * TILE_ROWS
     if shares.in_slots:
-        shape = shares.num_slots, sizes.batch_tiles, tiles, TILE_ROWS, sizes.tile_batch
-        out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
+        out_type = jax.ShapeDtypeStruct((shares.num_slots, *shape), jnp.float32)
     else:
-        rows = sizes.batch if sizes.batch_tiles == 1 else x.shape[0]
-        out_type = jax.ShapeDtypeStruct((rows, tiles * TILE_ROWS), out_dtype)
+        out_type = jax.ShapeDtypeStruct(shape, out_dtype)
     out = mosaic.kernel(
         functools.partial(_kernel, sizes),
         interpret=interpret,
@@ -240,12 +239,12 @@ def _multiply(x, x_scales, weight, out_dtype, config, interpret):
 
 
 def _add_slots(slots, slots_of_block, config):
-    """[slots, batch tiles, tiles, 64, tile_batch] -> [batch tiles * tile_batch, tiles * 64]."""
-    total, tiles = slots[0], slots.shape[2]
+    """[slots, batch, out] -> [batch, out]."""
+    total, rows = slots[0], slots.shape[2]
     for i in range(1, len(slots)):
-        in_use = np.repeat(slots_of_block > i, config.warpgroups)[:tiles, None, None]
+        in_use = np.repeat(slots_of_block > i, config.warpgroups * TILE_ROWS)[:rows]
         total += jnp.where(in_use, slots[i], 0)
-    return total.transpose(0, 3, 1, 2).reshape(-1, tiles * TILE_ROWS)
+    return total
 
 
 class _Shared(NamedTuple):
@@ -392,10 +391,14 @@ def _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_
                 products *= along_columns(scales, acc.shape)
                 if sizes.quantized:
                     products *= x_scales_of(0)
+            batch = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch)
+            rows = pl.ds(0, sizes.batch) if sizes.batch_tiles == 1 else batch
+            columns = pl.ds(tile * TILE_ROWS, TILE_ROWS)
             if shares.in_slots:
-                out_ref[index - shares.owner(block * sizes.steps), batch_tile, tile] = products
+                slot = index - shares.owner(block * sizes.steps)
+                _store_part(sizes, products, out_ref.at[slot, rows, columns])
             else:
-                _store(sizes, products, tile, batch_tile, out_ref, shared.out.at[warpgroup])
+                _store(products, out_ref.at[rows, columns], shared.out.at[warpgroup])
 
         return stop
 
@@ -478,14 +481,17 @@ def _product(sizes, values, activations, warpgroup, shared, acc=None):
     return pl.run_state(add)(plgpu.ACC.init(acc))
 
 
-def _store(sizes, products, tile, batch_tile, out_ref, out_smem):
+def _store(products, out_ref, out_smem):
     """Writes the products of 64 rows, transposed."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     out_smem.T[...] = products.astype(out_ref.dtype)
     plgpu.commit_smem()
-    columns = pl.ds(tile * TILE_ROWS, TILE_ROWS)
-    if sizes.batch_tiles == 1:
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, sizes.batch)], out_ref.at[:, columns])
+    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, out_ref.shape[0])], out_ref)
+
+
+def _store_part(sizes, products, out_ref):
+    """The same in float32, which Mosaic cannot transpose in shared memory."""
+    if sizes.interpret:
+        out_ref[...] = products.T[: out_ref.shape[0]]
     else:
-        rows = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch)
-        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[rows, columns])
+        inline_ptx.store_transposed(products, out_ref)
