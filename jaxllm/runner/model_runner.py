@@ -45,10 +45,13 @@ LOOP_WEIGHT_BYTES = 4 * 10**9, 10**10
 # ms a step for one row of 64,798 logits on an H200, and 3.7 for 1,024 rows, which step without loops.
 LOOP_LEVELS = (Level.GREEDY, Level.FILTER)
 # On a CPU compiling is slow, and a padded token cheap compared with it. A GPU reads the weights as long as it computes
-# with 16 rows, or with 128 tokens of a step that is not of the shortest.
+# with 16 rows, or with 128 tokens of a step that is not of the shortest. From 256 tokens on it computes for longer than
+# it reads, and padding takes time: 257 rows in a step of 512 would take nearly twice as long as they need.
 _LADDERS = {
     "cpu": {"few_rows_growth": 2, "smallest_mixed": 32, "mixed_growth": 4},
-    "gpu": {"few_rows_growth": 4, "smallest_mixed": 128, "mixed_growth": 2},
+    "gpu": {
+        "few_rows_growth": 4, "smallest_mixed": 128, "mixed_growth": 2, "midway_rows": 256, "midway_tokens": 2048,
+    },  # fmt: skip
 }
 # Kernels that do not need one another's results run side by side, as a layer's writes of keys and of values do.
 _GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}

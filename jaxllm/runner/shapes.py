@@ -58,18 +58,21 @@ class ShapeLadder:
         few_rows_growth: int = 2,
         smallest_mixed: int = 32,
         mixed_growth: int = 2,
+        midway_rows: int | None = None,
+        midway_tokens: int | None = None,
         loop_steps: int = 1,
         loop_levels: Sequence[int] = (0,),
         max_sampled_loop_rows: int = 128,
     ) -> "ShapeLadder":
         """`few_rows_growth`: how decode shapes grow up to _FEW rows; from there on they double.
 
+        `midway_rows`, `midway_tokens`: from there on decode or mixed shapes have another one midway to each next.
         `max_sampled_loop_rows`: of loops beyond the lowest level.
         """
         most = min(max_num_seqs, max_num_batched_tokens)
         few = min(_FEW, most)
-        rows = steps(1, few, few_rows_growth)[:-1] + steps(few, most, 2)
-        tokens = steps(min(smallest_mixed, max_num_batched_tokens), max_num_batched_tokens, mixed_growth)
+        rows = steps(1, few, few_rows_growth)[:-1] + steps(few, most, 2, midway_rows)
+        tokens = steps(min(smallest_mixed, max_num_batched_tokens), max_num_batched_tokens, mixed_growth, midway_tokens)
         return cls(
             tuple(StepShape(s, s, True) for s in rows),
             tuple(StepShape(t, min(t, max_num_seqs), False) for t in tokens),
@@ -97,10 +100,13 @@ class ShapeLadder:
         return next((shape for shape in self.loops if shape.level >= level and shape.num_rows >= num_rows), None)
 
 
-def steps(first: int, last: int, growth: int) -> list[int]:
-    """first, growth * first, growth**2 * first, ... and last."""
+def steps(first: int, last: int, growth: int, midway_from: int | None = None) -> list[int]:
+    """first, growth * first, growth**2 * first, ... and last; beyond `midway_from` also what lies midway between two."""
     values = []
     while first < last:
         values.append(first)
+        midway = (1 + growth) * first // 2
+        if midway_from is not None and midway_from <= first and midway < last:
+            values.append(midway)
         first *= growth
     return [*values, last]

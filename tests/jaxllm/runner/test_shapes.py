@@ -9,6 +9,8 @@ def test_steps():
     assert steps(1, 8, 2) == [1, 2, 4, 8]
     assert steps(32, 1000, 4) == [32, 128, 512, 1000]
     assert steps(5, 5, 2) == [5]
+    assert steps(64, 1024, 2, midway_from=256) == [64, 128, 256, 384, 512, 768, 1024]
+    assert steps(64, 384, 2, midway_from=256) == [64, 128, 256, 384]
 
 
 @pytest.mark.parametrize(("seqs", "tokens"), [(1, 1), (8, 64), (1024, 16384), (48, 100), (64, 16)])
@@ -52,3 +54,9 @@ def test_few_rows_may_grow_faster():
     ladder = ShapeLadder.of(128, 256, few_rows_growth=4)
     assert [shape.num_rows for shape in ladder.decode] == [1, 4, 16, 32, 64, 128]
     assert [shape.num_rows for shape in ShapeLadder.of(6, 256, few_rows_growth=4).decode] == [1, 4, 6]
+
+
+def test_large_shapes_may_lie_closer():
+    ladder = ShapeLadder.of(1024, 16384, smallest_mixed=128, midway_rows=256, midway_tokens=2048)
+    assert [shape.num_rows for shape in ladder.decode] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024]
+    assert [shape.num_tokens for shape in ladder.mixed][-7:] == [2048, 3072, 4096, 6144, 8192, 12288, 16384]
