@@ -380,7 +380,8 @@ def prefill_inputs(spec: PrefillSpec, poison: bool) -> tuple:
         for i in range(pages[row]):
             table[row, i] = page = next(free)
             valid[page, :, : length - i * spec.page_size] = True
-    before, after = (5, 70) if poison else (0, 0)
+    # A step has a multiple of 128 tokens.
+    before, after = (5, 70) if poison else (0, -int(new.sum()) % 128)
     starts = before + np.concatenate([[0], np.cumsum(new)])
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (P, spec.num_kv_heads, spec.page_size, spec.head_dim)

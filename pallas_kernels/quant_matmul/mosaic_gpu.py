@@ -70,13 +70,14 @@ def default_config(weight: QuantizedWeight, batch: int) -> Config:
     sms = mosaic.num_multiprocessors()
     tile_batch = min(128, batch + -batch % 8)
     # Registers decide: a thread has tile_batch / 2 sums, twice, and 32 for a tile of the weight.
-    warpgroups = 4 if tile_batch <= 16 else 3 if tile_batch <= 64 else 2
+    warpgroups = 4 if tile_batch <= 16 else 3 if tile_batch <= 32 else 2
     tiles_each = R * C / sms
     if tiles_each < 8:  # more parts
         warpgroups = 2
     blocks, ctas = -(-R // warpgroups), sms // -(-batch // tile_batch)
-    # Slots are read and written in float32: worth it for a small output, or if most multiprocessors had nothing to do.
-    split = batch <= 64 or blocks < ctas / 2
+    # Slots are read and written in float32: worth it for a small output, or if multiprocessors had nothing to do for a
+    # fifth of the time.
+    split = batch <= 32 or blocks < 0.8 * ctas * -(-blocks // ctas)
     num_ctas = max(1, min(ctas, blocks * C if split else blocks))
     return with_stages(weight, Config(warpgroups, 0, num_ctas, tile_batch, split))
 

@@ -56,9 +56,13 @@ def cut_into_tiles(query_starts, kv_lens, num_tokens, size, heavy_first) -> tupl
 
 
 def _heaviest_first(tiles, exists):
-    keys = jnp.where(exists, jnp.maximum(tiles.hi + tiles.offset, 0), -1)
-    index = jnp.arange(keys.shape[0])
-    before = (keys[:, None] < keys) | ((keys[:, None] == keys) & (index[:, None] > index))
+    """Rows with most keys first, and in a row its last tiles. Those of a row run together, as they share its keys."""
+    index = jnp.arange(exists.shape[0])
+    before = jnp.zeros((exists.shape[0],) * 2, bool)
+    equal = ~before
+    for key in (jnp.where(exists, tiles.kv_len, -1), -tiles.rows, tiles.hi + tiles.offset, -index):
+        before |= equal & (key[:, None] < key)
+        equal &= key[:, None] == key
     rank = jnp.sum(before, axis=1)  # counted, not sorted: a sort is a dozen kernels
     order = jnp.sum(jnp.where(rank == index[:, None], index, 0), axis=1)
     return Tiles(*(x[order] for x in tiles))

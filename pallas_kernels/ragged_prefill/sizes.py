@@ -23,7 +23,7 @@ class Config:
       block_kv: keys of a step.
       stages: steps whose keys and values are in shared memory at once.
       take_turns: whether the warpgroups that compute hand the tensor cores to each other.
-      heavy_first: whether tiles run in the order of their numbers of keys, most first.
+      heavy_first: whether rows run in the order of their numbers of keys, most first, and so do the tiles of a row.
       blocks: among how many the jobs are divided; None for as many as multiprocessors.
       pack: at most so many query heads of a KV head are in a tile, 1, 2, 4 or 8; the more, the fewer its tokens.
     """
