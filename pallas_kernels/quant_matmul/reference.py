@@ -24,6 +24,7 @@ def quant_matmul(x, weight: QuantizedWeight, *, activation, out_dtype):
         row_scales = weight.scales[:, 0].reshape(-1)[: weight.out_features].astype(jnp.float32)
         return (sums * scales * row_scales).astype(out_dtype)
     codes, scales = quantize_rows(x, jnp.float8_e4m3fn, activation_group(weight))
+    codes = jax.lax.optimization_barrier(codes)  # for XLA leaves out a conversion back and forth, and so the rounding
     values = (codes.astype(jnp.float32) * scales).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
     return _product(values, dequantize(weight), jnp.float32).astype(out_dtype)
 

@@ -1,5 +1,7 @@
 """The Hopper kernels compiled to machine code, without a GPU: nothing spills, no array is copied on the way."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from pallas_kernels.paged_decode import mosaic_gpu
 from pallas_kernels.paged_mla import mosaic_gpu as mla
 from pallas_kernels.quant_matmul import abstract
 from pallas_kernels.quant_matmul import mosaic_gpu as quant_kernel
+from pallas_kernels.quant_matmul import reference as quant_reference
 from tests.pallas_kernels.aot import compile_for_h200, needs_cuda_plugin, registers_and_spills
 
 ROWS, HEADS, PAGES = 8, 8, 4096
@@ -96,3 +99,29 @@ def test_quant_matmul_of_few_rows_is_one_kernel(case, monkeypatch, capfd):
     assert spilled == 0 and registers <= 128
     text = compiled.as_text()
     assert text.count("custom-call(") == 1 and "fusion(" not in text and "copy(" not in text
+
+
+@needs_cuda_plugin
+def test_parts_of_a_product_are_added_as_they_lie():
+    """No kernel comes between quant_matmul's and the addition, which is in what uses the product."""
+    weight = abstract(4096, 4096, format="int4", group_size=128, scale_dtype=jnp.float16)
+
+    def call(x, weight, y):
+        return y + quant_kernel.quant_matmul(x, weight, activation=None, out_dtype=jnp.dtype(jnp.bfloat16))
+
+    x, y = (jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16) for _ in range(2))
+    text = compile_for_h200(call, x, weight, y).as_text()
+    assert " transpose(" not in text and len(re.findall(r"= bf16\[64,4096\]\S* fusion\(", text)) == 1
+    assert re.search(r"f32\[\d+,64,4096\]\S* custom-call\(", text)
+
+
+@needs_cuda_plugin
+def test_the_reference_rounds_activations_to_fp8():
+    """XLA drops a conversion to fewer bits and back unless it is kept from it."""
+    weight = abstract(256, 512, format="fp8", group_size=-1)
+    compiled = compile_for_h200(
+        lambda x, weight: quant_reference.quant_matmul(x, weight, activation="fp8", out_dtype=jnp.dtype(jnp.float32)),
+        jax.ShapeDtypeStruct((3, 512), jnp.float32),
+        weight,
+    )
+    assert "f8e4m3fn[3,512]" in compiled.as_text()
