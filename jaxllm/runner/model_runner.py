@@ -74,21 +74,22 @@ class RunnerResult:
     def __init__(
         self,
         outputs: list[StepOutputs],
-        num_rows: int,
+        plan: StepPlan,
         prompt_scores: PromptScores | None,
         pooled: PooledRows | None,
         failed: list[Request],
     ) -> None:
         self._outputs = outputs
-        self._num_rows = num_rows
+        self._num_steps, self._num_rows = plan.num_steps, len(plan.slots)
         self.prompt_scores, self.pooled, self.failed = prompt_scores, pooled, failed
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """i32[num_steps, S]; meaningless where a row takes no part in a step. Waits for the device."""
         parts = [np.asarray(outputs.tokens)[:, : self._num_rows] for outputs in self._outputs]
-        # Rows are sorted, those with the most steps first: later parts may have fewer.
-        return np.concatenate([np.pad(part, ((0, 0), (0, self._num_rows - part.shape[1]))) for part in parts])
+        # Rows are sorted, those with the most steps first: later parts may have fewer. The last may have more steps.
+        parts = [np.pad(part, ((0, 0), (0, self._num_rows - part.shape[1]))) for part in parts]
+        return np.concatenate(parts)[: self._num_steps]
 
     @cached_property
     def logprobs(self) -> list[Logprobs]:
@@ -99,13 +100,13 @@ class RunnerResult:
 @dataclass
 class RunnerPending:
     outputs: list[StepOutputs]
-    num_rows: int
+    plan: StepPlan
     prompt_scores: PromptScores | None
     pooled: PooledRows | None
     failed: list[Request]
 
     def result(self) -> RunnerResult:
-        result = RunnerResult(self.outputs, self.num_rows, self.prompt_scores, self.pooled, self.failed)
+        result = RunnerResult(self.outputs, self.plan, self.prompt_scores, self.pooled, self.failed)
         _ = result.tokens  # an error of the device's belongs here
         return result
 
@@ -188,12 +189,10 @@ class ModelRunner:
         self._prompt_scores, self._pooled, self._failed = None, None, []
         level = self.sampling.level(plan.slots)
         loop = None if level.controls else self.ladder.fit_loop(len(plan.slots), level)
-        sizes = [] if loop is None else [loop.num_steps] * (plan.num_steps // loop.num_steps)
-        sizes += [1] * (plan.num_steps - sum(sizes))
-        outputs = [self._submit_part(part, level, loop) for part in plan.split(sizes)]
+        outputs = [self._submit_part(part, level, loop) for part in plan.split(_sizes_of_parts(plan.num_steps, loop))]
         for one in outputs:
             one.tokens.copy_to_host_async()
-        return RunnerPending(outputs, len(plan.slots), self._prompt_scores, self._pooled, self._failed)
+        return RunnerPending(outputs, plan, self._prompt_scores, self._pooled, self._failed)
 
     def _submit_part(self, plan: StepPlan, level: Level, loop: StepShape | None) -> StepOutputs:
         """One program's work: a step, or `loop`'s."""
@@ -398,6 +397,15 @@ class ModelRunner:
             *(size / 2**30 for size in (limit, in_use, step_bytes, pages * self._page_bytes)), pages,
         )  # fmt: skip
         return pages, programs
+
+
+def _sizes_of_parts(num_steps: int, loop: StepShape | None) -> list[int]:
+    """A plan's steps by program: whole loops, and what is left. Half of a loop and more is a loop too, in whose other
+    steps no row takes part: they take less time than handing over the steps one by one."""
+    if loop is None:
+        return [1] * num_steps
+    loops, rest = divmod(num_steps, loop.num_steps)
+    return [loop.num_steps] * loops + ([rest] if 2 * rest >= loop.num_steps else [1] * rest)
 
 
 def _shapes_of(arrays: Any) -> Any:

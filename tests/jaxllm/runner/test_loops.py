@@ -34,6 +34,11 @@ class Recording:
         return self.programs[key]
 
     @property
+    def steps(self):
+        """Of each program for decode steps alone, in order."""
+        return [key.num_steps for key in self.used if getattr(key, "decode_only", False)]
+
+    @property
     def loop_levels(self):
         return {key.level for key in self.used if getattr(key, "num_steps", 1) > 1}
 
@@ -130,3 +135,15 @@ def test_a_prompt_that_ends_with_its_stop_token_is_answered(with_loops):
     expected = tokens[: tokens.index(PROMPT[-1]) + 1] if PROMPT[-1] in tokens else tokens
     for _ in range(2):
         assert llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].token_ids == expected
+
+
+@pytest.mark.parametrize(("num_tokens", "steps"), [(9, [4, 4]), (8, [4, 4]), (7, [4, 4]), (6, [4, 1]), (5, [4]), (2, [1])])
+def test_half_a_loop_is_left_to_a_loop(num_tokens, steps, with_loops, monkeypatch):
+    """The first token is the prompt's step's. Of a loop's steps that are too many none writes anything."""
+    llm = make_sum_llm(block_size=PAGE, num_scheduler_steps=100, async_scheduling=False)
+    generate(llm, max_tokens=3)  # a first step tells how long one takes
+    recording = Recording(llm, monkeypatch)
+    output, written = generate(llm, max_tokens=num_tokens, ignore_eos=True)
+    assert output.token_ids == continuation(PROMPT, num_tokens)
+    assert recording.steps == steps
+    assert written == len(PROMPT) + num_tokens - 1
