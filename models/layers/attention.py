@@ -65,10 +65,12 @@ def by_phase(
     # Decode rows come first with one token each, so they start where they would in a decode-only batch. Each kernel
     # is told that the other's rows are empty. (There are at most T of them, should T be less than S.)
     rows = min(batch.kv_lens.shape[0], q.shape[0])
-    is_decode = jnp.arange(rows, dtype=jnp.int32) < batch.num_decodes
+    index = jnp.arange(rows, dtype=jnp.int32)
+    is_decode = index < batch.num_decodes
     decoded = decode(q[:rows], batch.page_table[:rows], jnp.where(is_decode, batch.kv_lens[:rows], 0))
     out = prefill(q, batch.page_table, batch.kv_lens, jnp.maximum(batch.query_starts, batch.num_decodes))
-    return out.at[:rows].set(jnp.where(is_decode[:, None, None], decoded, out[:rows]))
+    # A scatter is done in place. To choose between both for the first rows would be to read what is written, and a copy.
+    return out.at[jnp.where(is_decode, index, q.shape[0] + index)].set(decoded, mode="drop", unique_indices=True)
 
 
 class Attention(nnx.Module):

@@ -46,8 +46,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = 
     turned, rest = jnp.split(x, (2 * half,), axis=-1)
     shape, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
     pairs = turned.astype(jnp.float32).reshape(*x.shape[:-1], *shape)
-    a, b = (jax.lax.index_in_dim(pairs, i, axis, keepdims=False) for i in (0, 1))
-    rotated = jnp.stack((a * cos - b * sin, b * cos + a * sin), axis=axis)
+    # (a, b) cos + (b, a) (-sin, sin): all in one pass, where two halves put together would be two
+    cos, sin = jnp.expand_dims(cos, axis), jnp.stack((-sin, sin), axis=axis)
+    rotated = pairs * cos + jnp.flip(pairs, axis) * sin
     return jnp.concatenate((rotated.reshape(turned.shape).astype(x.dtype), rest), axis=-1)
 
 
