@@ -50,8 +50,12 @@ LOOP_LEVELS = (Level.GREEDY, Level.FILTER)
 _LADDERS = {
     "cpu": {"few_rows_growth": 2, "smallest_mixed": 32, "mixed_growth": 4},
     "gpu": {
-        "few_rows_growth": 4, "smallest_mixed": 128, "mixed_growth": 2, "midway_rows": 256, "midway_tokens": 2048,
-    },  # fmt: skip
+        "few_rows_growth": 4,
+        "smallest_mixed": 128,
+        "mixed_growth": 2,
+        "midway_rows": 256,
+        "midway_tokens": 2048,
+    },
 }
 # Kernels that do not need one another's results run side by side, as a layer's writes of keys and of values do.
 _GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}

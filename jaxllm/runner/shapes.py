@@ -101,7 +101,7 @@ class ShapeLadder:
 
 
 def steps(first: int, last: int, growth: int, midway_from: int | None = None) -> list[int]:
-    """first, growth * first, growth**2 * first, ... and last; beyond `midway_from` also what lies midway between two."""
+    """first, growth * first, growth**2 * first, ... and last; from `midway_from` on also what is midway between two."""
     values = []
     while first < last:
         values.append(first)

@@ -69,7 +69,7 @@ def by_phase(
     is_decode = index < batch.num_decodes
     decoded = decode(q[:rows], batch.page_table[:rows], jnp.where(is_decode, batch.kv_lens[:rows], 0))
     out = prefill(q, batch.page_table, batch.kv_lens, jnp.maximum(batch.query_starts, batch.num_decodes))
-    # A scatter is done in place. To choose between both for the first rows would be to read what is written, and a copy.
+    # A scatter works in place. Choosing between both for the first rows would read what it writes, and so copy all.
     return out.at[jnp.where(is_decode, index, q.shape[0] + index)].set(decoded, mode="drop", unique_indices=True)
 
 

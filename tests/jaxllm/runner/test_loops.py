@@ -137,7 +137,9 @@ def test_a_prompt_that_ends_with_its_stop_token_is_answered(with_loops):
         assert llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].token_ids == expected
 
 
-@pytest.mark.parametrize(("num_tokens", "steps"), [(9, [4, 4]), (8, [4, 4]), (7, [4, 4]), (6, [4, 1]), (5, [4]), (2, [1])])
+@pytest.mark.parametrize(
+    ("num_tokens", "steps"), [(9, [4, 4]), (8, [4, 4]), (7, [4, 4]), (6, [4, 1]), (5, [4]), (2, [1])]
+)
 def test_half_a_loop_is_left_to_a_loop(num_tokens, steps, with_loops, monkeypatch):
     """The first token is the prompt's step's. Of a loop's steps that are too many none writes anything."""
     llm = make_sum_llm(block_size=PAGE, num_scheduler_steps=100, async_scheduling=False)
