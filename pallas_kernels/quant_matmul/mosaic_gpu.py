@@ -69,15 +69,16 @@ def default_config(weight: QuantizedWeight, batch: int) -> Config:
     R, C = weight.codes.shape[:2]
     sms = mosaic.num_multiprocessors()
     tile_batch = min(128, batch + -batch % 8)
+    ctas = sms // -(-batch // tile_batch)
+    # Parts of blocks lie in slots, which are written and read in float32. Whole blocks have none, but leave
+    # multiprocessors idle, at most for a fifth of the time here, and int4 of few rows needs them all to convert.
+    blocks = -(-R // 2)
+    split = blocks < 0.8 * ctas * -(-blocks // ctas) or (weight.format == "int4" and batch <= 32)
     # Registers decide: a thread has tile_batch / 2 sums, twice, and 32 for a tile of the weight.
     warpgroups = 4 if tile_batch <= 16 else 3 if tile_batch <= 32 else 2
-    tiles_each = R * C / sms
-    if tiles_each < 8:  # more parts
+    if not split or R * C / sms < 8:  # more parts
         warpgroups = 2
-    blocks, ctas = -(-R // warpgroups), sms // -(-batch // tile_batch)
-    # Slots are read and written in float32: worth it for a small output, or if multiprocessors had nothing to do for a
-    # fifth of the time.
-    split = batch <= 32 or blocks < 0.8 * ctas * -(-blocks // ctas)
+    blocks = -(-R // warpgroups)
     num_ctas = max(1, min(ctas, blocks * C if split else blocks))
     return with_stages(weight, Config(warpgroups, 0, num_ctas, tile_batch, split))
 
