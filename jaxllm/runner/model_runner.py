@@ -57,8 +57,6 @@ _LADDERS = {
         "midway_tokens": 2048,
     },
 }
-# Kernels that do not need one another's results run side by side, as a layer's writes of keys and of values do.
-_GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 # From so many tokens on cuBLAS's matrix products are the fastest, and XLA need not try its own, which takes most of the
 # time that a GPU's programs take to compile.
 _MANY_TOKENS = 256
@@ -260,12 +258,12 @@ class ModelRunner:
 
     def _choose_loop_steps(self, platform: str) -> int:
         """1 where a step is so long that the host hands over the next one meanwhile."""
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        half, none = LOOP_WEIGHT_BYTES
-        if platform != "cpu" and weights > none:
-            return 1
         steps = LOOP_STEPS.get(platform, LOOP_STEPS["gpu"])
-        return min(steps // 2 if platform != "cpu" and weights > half else steps, self.config.num_scheduler_steps)
+        if platform != "cpu":
+            weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+            half, none = LOOP_WEIGHT_BYTES
+            steps = 1 if weights > none else steps // 2 if weights > half else steps
+        return min(steps, self.config.num_scheduler_steps)
 
     def _programs(self) -> Executables:
         """The programs for the present number of pages."""
@@ -330,11 +328,17 @@ class ModelRunner:
         forward = make(self.network, layout)
         forward.__name__ = str(shape).replace(", ", "_").replace(" ", "_")
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        options = {}
-        if _device_of(self.params).platform == "gpu":
-            options = _GPU_OPTIONS | ({"xla_gpu_enable_triton_gemm": False} if shape.num_tokens >= _MANY_TOKENS else {})
-        program = jax.jit(forward, donate_argnums=(1, 2), compiler_options=options)
+        program = jax.jit(forward, donate_argnums=(1, 2), compiler_options=self._compiler_options(shape))
         return program.lower(_shapes_of(self.params), kv, state, packed)
+
+    def _compiler_options(self, shape: StepShape) -> dict[str, Any]:
+        if _device_of(self.params).platform != "gpu":
+            return {}
+        # Kernels that do not need one another's results run side by side, as a layer's writes of keys and of values do.
+        options: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+        if shape.num_tokens >= _MANY_TOKENS:
+            options["xla_gpu_enable_triton_gemm"] = False
+        return options
 
     @property
     def program_keys(self) -> list[Any]:
