@@ -165,7 +165,7 @@ class LLMEngine:
             ahead=int(config.async_scheduling),
             # The log probabilities of a whole vocabulary are too much to keep for several steps.
             max_steps=1 if config.max_logprobs == WHOLE_VOCABULARY else config.num_scheduler_steps,
-            loop_steps=runner.loop_steps,
+            loop_steps=runner.ladder.loop_steps,
         )
         self._sleep_mode = SleepMode(runner, reload)
         self._metrics = EngineMetrics(self.scheduler)

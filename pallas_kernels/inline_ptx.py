@@ -387,7 +387,7 @@ def store_transposed(values: jax.Array, ref) -> None:
 
     Args:
       values: float32 [64, n] in the layout WGMMA.
-      ref: [up to n, 64] in global memory, of 16 or 32 bits, a row's elements side by side.
+      ref: float32 [up to n, 64] in global memory, a row's elements side by side.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
@@ -395,22 +395,17 @@ def store_transposed(values: jax.Array, ref) -> None:
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         (stride, _), _ = ref.type.get_strides_and_offset()
         lane, warp = _lane_and_warp()
-        dtype, size = ref.type.element_type, _size(ref)
         column = arith.muli(arith.remui(lane, mgpu.c(4, i32)), mgpu.c(2, i32))
         row = arith.addi(arith.muli(warp, mgpu.c(16, i32)), arith.divui(lane, mgpu.c(4, i32)))
-        own = arith.muli(arith.addi(arith.muli(column, mgpu.c(stride, i32)), row), mgpu.c(size, i32))
+        own = arith.muli(arith.addi(arith.muli(column, mgpu.c(stride, i32)), row), mgpu.c(4, i32))
         address = arith.addi(llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)), arith.extui(i64, own))
         for i, pairs in enumerate(values.registers.reshape(-1, 2)):
             for j, value in enumerate(_elements(pairs)):  # of two neighbours in a row, and in the row 8 further on
                 skip = 8 * i + j % 2
-                there = arith.cmpi(
-                    arith.CmpIPredicate.ult, arith.addi(column, mgpu.c(skip, i32)), mgpu.c(ref.type.shape[0], i32)
-                )
-                value = value if size == 4 else arith.truncf(dtype, value)
-                value = mgpu.utils.bitcast(value, ir.IntegerType.get_signless(8 * size))
-                offset = (skip * stride + 8 * (j // 2)) * size
-                ptx = f"@$0 st.global.b{8 * size} [$1 + {offset}], $2;"
-                _act(ptx, [there, address, value], "b,l," + {2: "h", 4: "r"}[size])
+                own = arith.addi(column, mgpu.c(skip, i32))
+                there = arith.cmpi(arith.CmpIPredicate.ult, own, mgpu.c(ref.type.shape[0], i32))
+                offset = 4 * (skip * stride + 8 * (j // 2))
+                _act(f"@$0 st.global.f32 [$1 + {offset}], $2;", [there, address, value], "b,l,f")
 
     store(values, ref)
 

@@ -65,7 +65,7 @@ _WRITE_TABLE = "page table"  # its key among the executables
 
 
 class RunnerResult:
-    """A finished plan's outputs on the host; log probabilities are fetched only when somebody looks.
+    """A plan's outputs, on the host once it is finished; log probabilities are fetched only when somebody looks.
 
     Attributes:
       prompt_scores: what came of the prompts that are to be scored; None if there are none.
@@ -88,10 +88,13 @@ class RunnerResult:
     @cached_property
     def tokens(self) -> np.ndarray:
         """i32[num_steps, S]; meaningless where a row takes no part in a step. Waits for the device."""
-        parts = [np.asarray(outputs.tokens)[:, : self._num_rows] for outputs in self._outputs]
+        tokens, start = np.zeros((self._num_steps, self._num_rows), np.int32), 0
         # Rows are sorted, those with the most steps first: later parts may have fewer. The last may have more steps.
-        parts = [np.pad(part, ((0, 0), (0, self._num_rows - part.shape[1]))) for part in parts]
-        return np.concatenate(parts)[: self._num_steps]
+        for outputs in self._outputs:
+            part = np.asarray(outputs.tokens)[: self._num_steps - start, : self._num_rows]
+            tokens[start : start + len(part), : part.shape[1]] = part
+            start += len(part)
+        return tokens
 
     @cached_property
     def logprobs(self) -> list[Logprobs]:
@@ -101,16 +104,11 @@ class RunnerResult:
 
 @dataclass
 class RunnerPending:
-    outputs: list[StepOutputs]
-    plan: StepPlan
-    prompt_scores: PromptScores | None
-    pooled: PooledRows | None
-    failed: list[Request]
+    _result: RunnerResult
 
     def result(self) -> RunnerResult:
-        result = RunnerResult(self.outputs, self.plan, self.prompt_scores, self.pooled, self.failed)
-        _ = result.tokens  # an error of the device's belongs here
-        return result
+        _ = self._result.tokens  # an error of the device's belongs here
+        return self._result
 
 
 class ModelRunner:
@@ -120,9 +118,6 @@ class ModelRunner:
       network, params: the model.
       config: the engine's configuration, resolved (no field left open).
       shrink_model_len: lower max_model_len to what the KV pages hold, rather than refuse.
-
-    Attributes:
-      loop_steps: decode steps in a program that does several; 1 if none does.
     """
 
     def __init__(self, network: Network, params: Params, config: EngineConfig, shrink_model_len: bool = False) -> None:
@@ -131,12 +126,11 @@ class ModelRunner:
         self.max_pages = -(-config.max_model_len // config.block_size)
         platform = _device_of(params).platform
         growth = _LADDERS.get(platform, _LADDERS["gpu"])
-        self.loop_steps = self._choose_loop_steps(platform)
         self.ladder = ShapeLadder.of(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             **growth,
-            loop_steps=self.loop_steps,
+            loop_steps=self._choose_loop_steps(platform),
             loop_levels=LOOP_LEVELS,
         )
         self.sampling = SamplingTable(config.max_num_seqs)
@@ -194,7 +188,7 @@ class ModelRunner:
         outputs = [self._submit_part(part, level, loop) for part in plan.split(_sizes_of_parts(plan.num_steps, loop))]
         for one in outputs:
             one.tokens.copy_to_host_async()
-        return RunnerPending(outputs, plan, self._prompt_scores, self._pooled, self._failed)
+        return RunnerPending(RunnerResult(outputs, plan, self._prompt_scores, self._pooled, self._failed))
 
     def _submit_part(self, plan: StepPlan, level: Level, loop: StepShape | None) -> StepOutputs:
         """One program's work: a step, or `loop`'s."""

@@ -85,6 +85,11 @@ class ShapeLadder:
         )
 
     @property
+    def loop_steps(self) -> int:
+        """Decode steps in a program that does several; 1 if none does."""
+        return self.loops[0].num_steps if self.loops else 1
+
+    @property
     def all(self) -> tuple[StepShape, ...]:
         return self.loops + self.decode + self.mixed
 

@@ -81,7 +81,7 @@ class EngineLoop(Generic[ResultT_co]):
         """Where a decode step is shorter than the host's work for it, several are planned at once: whole loops."""
         steps = min(int(BURST_SECONDS / max(self._seconds_per_step, 1e-9)), self.max_steps)
         if steps >= self.loop_steps:
-            return max(steps - steps % self.loop_steps, 1)
+            return steps - steps % self.loop_steps
         fits = self.loop_steps <= self.max_steps and self.loop_steps * self._seconds_per_step <= LOOP_SECONDS
         return self.loop_steps if fits else max(steps, 1)
 

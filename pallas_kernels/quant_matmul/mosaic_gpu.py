@@ -371,9 +371,10 @@ def _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_
     """A warpgroup's rows of every block that the share has a part of."""
     shares = _Shares(sizes)
     first, count = shares.first_and_count(index)
+    batch = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch)
+    out_rows = pl.ds(0, sizes.batch) if sizes.batch_tiles == 1 else batch
 
     def x_scales_of(tile):
-        batch = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch)
         scales = plgpu.load(x_scales_ref.at[tile, batch], layout=BY_COLUMN, optimized=False)
         return lax.broadcast_in_dim(scales, (TILE_ROWS, sizes.tile_batch), [1])
 
@@ -393,14 +394,12 @@ def _compute(sizes, index, batch_tile, warpgroup, x_scales_ref, scales_ref, out_
                 products *= along_columns(scales, acc.shape)
                 if sizes.quantized:
                     products *= x_scales_of(0)
-            batch = pl.ds(batch_tile * sizes.tile_batch, sizes.tile_batch)
-            rows = pl.ds(0, sizes.batch) if sizes.batch_tiles == 1 else batch
             columns = pl.ds(tile * TILE_ROWS, TILE_ROWS)
             if shares.in_slots:
                 slot = index - shares.owner(block * sizes.steps)
-                _store_part(sizes, products, out_ref.at[slot, rows, columns])
+                _store_part(sizes, products, out_ref.at[slot, out_rows, columns])
             else:
-                _store(products, out_ref.at[rows, columns], shared.out.at[warpgroup])
+                _store(products, out_ref.at[out_rows, columns], shared.out.at[warpgroup])
 
         return stop
 

@@ -60,7 +60,7 @@ def _heaviest_first(tiles, exists):
     index = jnp.arange(exists.shape[0])
     before = jnp.zeros((exists.shape[0],) * 2, bool)
     equal = ~before
-    for key in (jnp.where(exists, tiles.kv_len, -1), -tiles.rows, tiles.hi + tiles.offset, -index):
+    for key in (jnp.where(exists, tiles.kv_len, -1), -tiles.rows, index):
         before |= equal & (key[:, None] < key)
         equal &= key[:, None] == key
     rank = jnp.sum(before, axis=1)  # counted, not sorted: a sort is a dozen kernels
