@@ -5,8 +5,8 @@ keys by chunk of keys: Dao et al., "FlashAttention" (2022). Paged KV: Kwon et al
 
 Two loops, both with trip counts known only at run time, so that time follows the tiles and the context really there and
 not the shapes: over groups of tiles, and within a group over chunks of pages. Only one chunk of one group's pages is
-ever gathered. How requests become tiles is the callers' business (paged_decode, ragged_prefill); this file does not
-know.
+ever gathered. For each round of such a loop a GPU asks the host whether to go on, so what fits into one round is no
+loop. How requests become tiles is the callers' business (paged_decode, ragged_prefill); this file does not know.
 """
 
 from typing import NamedTuple
@@ -25,6 +25,11 @@ class BlockSizes(NamedTuple):
     queries: int
     tiles: int
     keys: int
+
+
+def on_this_platform(blocks: dict[str, BlockSizes]) -> BlockSizes:
+    """Of sizes by platform, those of the default backend; the GPU's for any that is not named."""
+    return blocks.get(jax.default_backend(), blocks["gpu"])
 
 
 class Tiles(NamedTuple):
@@ -90,7 +95,7 @@ def attend(
     values = None if v_pages is None else _Pages(v_pages, v_scales)
     kv = _KV(_Pages(k_pages, k_scales), values, value_dim if v_pages is None else v_pages.shape[3])
     out = jnp.zeros((*q.shape[:2], kv.value_dim), q.dtype)
-    return lax.fori_loop(0, (tiles.count + group - 1) // group, attend_to_group, out)
+    return _rounds(0, (tiles.count + group - 1) // group, tokens.shape[0] // group, attend_to_group, out)
 
 
 class _Pages(NamedTuple):
@@ -104,7 +109,7 @@ class _KV(NamedTuple):
     value_dim: int
 
     def gather(self, ids):
-        """Keys and values at the page ids i32[G, C]: float32 [G, K, C * page_size, H] and [.., value_dim]."""
+        """Keys and values at the page ids i32[G, C]: [G, K, C * page_size, H] and [.., value_dim]."""
         keys = _gather(self.keys, ids)
         return keys, keys[..., : self.value_dim] if self.values is None else _gather(self.values, ids)
 
@@ -145,8 +150,12 @@ def _attend_group(q, positions, page_rows, kv, chunk_pages, scoring):
     K, page_size = kv.keys.pages.shape[1:3]
     V = kv.value_dim
     R = N // K  # query heads that share a KV head
+    # A GPU multiplies 16-bit queries and keys exactly; a CPU is slow at it. Float32 it would round, if it were let.
+    exact = jax.default_backend() != "cpu" and q.dtype.itemsize == 2 and q.dtype == kv.keys.pages.dtype
+    operand = q.dtype if exact else jnp.float32
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     # M = (R, B): the queries that meet the same keys are the rows of one matrix product; K and V are never repeated.
-    q = q.astype(jnp.float32).reshape(G, B, K, R, H).transpose(0, 2, 3, 1, 4).reshape(G, K, R * B, H)
+    q = q.astype(operand).reshape(G, B, K, R, H).transpose(0, 2, 3, 1, 4).reshape(G, K, R * B, H)
     query_positions = jnp.broadcast_to(positions[:, None, None, :], (G, 1, R, B)).reshape(G, 1, R * B, 1)
     first_key, last_position = scoring.first_key(positions), positions.max(axis=1)
     chunk = chunk_pages * page_size
@@ -159,28 +168,37 @@ def _attend_group(q, positions, page_rows, kv, chunk_pages, scoring):
         k, v = kv.gather(ids)
         # A weight of zero does not silence a NaN: what no query of the tile sees is replaced, not only masked.
         seen = (key_positions >= first_key[:, None]) & (key_positions <= last_position[:, None])
-        v = jnp.where(seen[:, None, :, None], v, 0)
+        v = jnp.where(seen[:, None, :, None], v.astype(jnp.float32), 0)
         distances = query_positions - key_positions
         visible = scoring.sees(distances)
-        scores = scoring.scores(jnp.einsum("gkmh,gkch->gkmc", q, k), distances, R)
+        products = jnp.einsum(
+            "gkmh,gkch->gkmc", q, k.astype(operand), precision=precision, preferred_element_type=jnp.float32
+        )
+        scores = scoring.scores(products, distances, R)
         scores = jnp.where(visible, scores, MASKED)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0)
         decay = jnp.exp(top - new_top)
         total = total * decay + weights.sum(axis=-1)
-        acc = acc * decay[..., None] + jnp.einsum("gkmc,gkcv->gkmv", weights, v)
+        acc = acc * decay[..., None] + jnp.einsum("gkmc,gkcv->gkmv", weights, v, precision=precision)
         return new_top, total, acc
 
     start = jnp.full((G, K, R * B), MASKED), jnp.zeros((G, K, R * B)), jnp.zeros((G, K, R * B, V))
     # last_position // chunk + 1 chunks reach the farthest query's own key; none if the group has no query.
-    num_chunks = jnp.minimum(last_position.max() // chunk + 1, page_rows.shape[1] // chunk_pages)
-    _, total, acc = lax.fori_loop(first_key.min() // chunk, num_chunks, add_chunk, start)
+    most = page_rows.shape[1] // chunk_pages
+    num_chunks = jnp.minimum(last_position.max() // chunk + 1, most)
+    _, total, acc = _rounds(first_key.min() // chunk, num_chunks, most, add_chunk, start)
     out = acc / jnp.where(total == 0, 1, total)[..., None]
     return out.reshape(G, K, R, B, V).transpose(0, 3, 1, 2, 4).reshape(G, B, N, V)
 
 
+def _rounds(start, stop, most, body, state):
+    """fori_loop of at most `most` rounds, which are the indices below it. A round that need not be changes nothing."""
+    return body(0, state) if most == 1 else lax.fori_loop(start, stop, body, state)
+
+
 def _gather(source, ids):
-    """The pages at ids i32[G, C], scaled -> float32 [G, K, C * page_size, H]."""
+    """The pages at ids i32[G, C], scaled -> [G, K, C * page_size, H], float32 if there are scales, or as stored."""
     P, K, page_size, H = source.pages.shape
     G, C = ids.shape
     # One (page, head) after the other already in the order wanted: no transpose after the gather. As rows of a matrix,
@@ -190,8 +208,8 @@ def _gather(source, ids):
     def take(x, width):
         return x.reshape(P * K, -1).at[rows].get(mode="promise_in_bounds").reshape(G, K, C * page_size, width)
 
-    values = take(source.pages, H).astype(jnp.float32)
-    return values if source.scales is None else values * take(source.scales, 1)
+    values = take(source.pages, H)
+    return values if source.scales is None else values.astype(jnp.float32) * take(source.scales, 1)
 
 
 def _pad_to_multiple(x, multiple, axis, fill):

@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels.paged_decode.reference import tile_per_row
 from pallas_kernels.ragged_prefill.reference import cut_into_tiles
-from pallas_kernels.tiled_attention import BlockSizes, attend
+from pallas_kernels.tiled_attention import BlockSizes, attend, on_this_platform
 
 # Fewer queries at once than in the other references: each is up to 128 heads of 576 elements.
 _DECODE_BLOCKS = {"cpu": BlockSizes(queries=1, tiles=8, keys=64), "gpu": BlockSizes(queries=1, tiles=64, keys=256)}
@@ -22,14 +22,10 @@ def mla_decode(q, pages, page_table, kv_lens, *, value_dim, scale):
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale"))
 def mla_prefill(q, pages, page_table, kv_lens, query_starts, *, value_dim, scale):
     """See pallas_kernels.paged_mla."""
-    tile = min(_blocks(_PREFILL_BLOCKS).queries, q.shape[0])
+    tile = min(on_this_platform(_PREFILL_BLOCKS).queries, q.shape[0])
     tiles = cut_into_tiles(query_starts, kv_lens, q.shape[0], tile)
     return _attend(q, pages, page_table, tiles, _PREFILL_BLOCKS, value_dim=value_dim, scale=scale)
 
 
 def _attend(q, pages, page_table, tiles, blocks, **options):
-    return attend(q, pages[:, None], None, page_table, tiles, blocks=_blocks(blocks), **options)
-
-
-def _blocks(of_platform):
-    return of_platform.get(jax.default_backend(), of_platform["gpu"])
+    return attend(q, pages[:, None], None, page_table, tiles, blocks=on_this_platform(blocks), **options)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiled_attention import BlockSizes, Tiles, attend
+from pallas_kernels.tiled_attention import BlockSizes, Tiles, attend, on_this_platform
 
 _BLOCKS = {"cpu": BlockSizes(queries=64, tiles=2, keys=128), "gpu": BlockSizes(queries=128, tiles=16, keys=512)}
 
@@ -13,7 +13,7 @@ _BLOCKS = {"cpu": BlockSizes(queries=64, tiles=2, keys=128), "gpu": BlockSizes(q
 @functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def ragged_prefill(q, k_pages, v_pages, page_table, kv_lens, query_starts, *, scale, **options):
     """See pallas_kernels.ragged_prefill."""
-    blocks = _BLOCKS.get(jax.default_backend(), _BLOCKS["gpu"])
+    blocks = on_this_platform(_BLOCKS)
     tiles = cut_into_tiles(query_starts, kv_lens, q.shape[0], min(blocks.queries, q.shape[0]))
     return attend(q, k_pages, v_pages, page_table, tiles, scale=scale, blocks=blocks, **options)
 

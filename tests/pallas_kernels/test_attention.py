@@ -3,8 +3,10 @@
 The suite is written once; a backend is a parameter.
 """
 
+import functools
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,6 +85,23 @@ def test_prefill(backend, batch):
             query = np.asarray(q[token], np.float64)
             expected[token] = attend(query, paged.keys[row][:seen], paged.values[row][:seen], 0.2)
     check(out, expected, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_fits_into_one_round_is_no_loop(window):
+    kv_lens = [0, 1, 17, 64]
+    rng = np.random.default_rng(3)
+    paged = random_pages(rng, kv_lens, width=4, num_pages=16, K=2, H=32, page_size=16)
+    q = jnp.asarray(rng.normal(size=(4, 4, 32)), jnp.float32)
+    arrays = q, paged.k_pages, paged.v_pages, paged.page_table, paged.kv_lens
+    decode = functools.partial(paged_decode, scale=0.2, window=window, backend="reference")
+    assert "while" not in str(jax.make_jaxpr(decode)(*arrays))
+    expected = np.zeros(q.shape)
+    for row, length in enumerate(kv_lens):
+        seen = slice(0 if window is None else max(length - window, 0), length)
+        if length:
+            expected[row] = attend(np.asarray(q[row], np.float64), paged.keys[row][seen], paged.values[row][seen], 0.2)
+    check(decode(*arrays), expected, "float32")
 
 
 OPTIONS = [

@@ -1,5 +1,6 @@
 """The Hopper kernels compiled to machine code, without a GPU: nothing spills, no array is copied on the way."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.paged_decode import mosaic_gpu
+from pallas_kernels.paged_decode import reference as decode_reference
 from pallas_kernels.paged_mla import mosaic_gpu as mla
 from pallas_kernels.quant_matmul import abstract
 from pallas_kernels.quant_matmul import mosaic_gpu as quant_kernel
@@ -125,3 +127,17 @@ def test_the_reference_rounds_activations_to_fp8():
         weight,
     )
     assert "f8e4m3fn[3,512]" in compiled.as_text()
+
+
+@needs_cuda_plugin
+def test_decode_without_our_kernels_does_not_ask_the_host(monkeypatch):
+    """A loop whose end the device alone knows would wait for the host in each round, in every layer of a step."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    pages = jax.ShapeDtypeStruct((PAGES, HEADS, 16, 128), jnp.bfloat16)
+    table, lens = jax.ShapeDtypeStruct((ROWS, 256), jnp.int32), jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    q = jax.ShapeDtypeStruct((ROWS, 32, 128), jnp.bfloat16)
+    compiled = compile_for_h200(
+        functools.partial(decode_reference.paged_decode, scale=0.1), q, pages, pages, table, lens
+    )
+    assert " while(" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < PAGES * HEADS * 16 * 128 * 2 * 3
