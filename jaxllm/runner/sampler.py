@@ -5,7 +5,7 @@ the prompt was chunked, or on whether the request was preempted.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
@@ -17,6 +17,7 @@ import numpy as np
 
 MAX_STOP_IDS = 4  # that a row brings to the device
 _RUN = 128  # tokens
+_SPAN = 256  # tokens
 
 
 class Level(IntEnum):
@@ -245,50 +246,62 @@ def _keep_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
 
 def _keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     """Drops tokens below the k-th likeliest; ties with it stay."""
-    ones = jnp.ones_like(logits)
     target = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[1]), logits.shape[1])
-    return _keep_largest(logits, ones, target.astype(jnp.float32))
+    return jnp.where(_among_largest(logits, target.astype(jnp.float32), weigh=jnp.ones_like), logits, -jnp.inf)
 
 
 def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Keeps the smallest set of likeliest tokens that has at least probability top_p (Holtzman et al. 2019)."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    kept = _keep_largest(logits, probabilities, top_p)
-    return jnp.where((top_p < 1)[:, None], kept, logits)
+    """Keeps the smallest set of likeliest tokens that has at least probability top_p (Holtzman et al. 2019).
 
-
-def _keep_largest(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """Drops all logits below the largest threshold t for which the weights of {logit >= t} add up to `target` [S].
-
-    The threshold is exact, and nothing is sorted: it is searched in the logits' order-preserving integer form.
+    A row's largest logit is 0.
     """
-    keys = _ordered_bits(logits)
+    weights = jnp.exp(logits)
+    kept = _among_largest(weights, top_p * jnp.sum(weights, axis=-1), weigh=lambda one: one)
+    return jnp.where(kept | (top_p >= 1)[:, None], logits, -jnp.inf)
+
+
+def _among_largest(x: jax.Array, target: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Whether an element of x [S, V] is among the fewest largest of its row whose weights add up to `target` [S].
+
+    All are, if no weights do. The threshold is exact, and nothing is sorted: it is searched in an integer form of x
+    that has its order.
+    """
+    keys = _ordered_bits(x)
     # A GPU's pass costs its launches and its reading of [S, V], a CPU's pass its comparisons.
     threshold = jax.lax.platform_dependent(
-        keys, weights, target, cpu=partial(_search, bits=1), default=partial(_search, bits=4)
+        keys, target, cpu=partial(_search, weigh=weigh, bits=1), default=partial(_search, weigh=weigh, bits=4)
     )
-    return jnp.where(keys >= threshold[:, None], logits, -jnp.inf)
+    return keys >= threshold[:, None]
 
 
-def _search(keys: jax.Array, weights: jax.Array, target: jax.Array, bits: int) -> jax.Array:
-    """The largest u32[S] for which the weights of {keys >= it}, both [S, V], add up to `target` [S]; 0 if none does.
+def _search(keys: jax.Array, target: jax.Array, weigh: Callable[[jax.Array], jax.Array], bits: int) -> jax.Array:
+    """The largest u32[S] for which the weights of {keys [S, V] >= it} add up to `target` [S]; 0 if none does.
 
     From the highest bit down, `bits` (a divisor of 32) in a pass: all 2**bits - 1 candidates' sums are one reduction.
     """
     count = 2**bits - 1
+    # In spans, so that of a single row too all multiprocessors of a GPU have some.
+    keys = jnp.pad(keys, ((0, 0), (0, -keys.shape[1] % _SPAN))).reshape(len(keys), -1, _SPAN)
+    keys = jax.lax.optimization_barrier(keys)  # stored once; XLA would pad again in each pass, and store its summands
 
     def refine(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
+        shift = jnp.uint32(32 - bits * (i + 1))
         candidates = [threshold | (jnp.uint32(digit) << shift) for digit in range(1, count + 1)]
-        kept = tuple(jnp.where(keys >= one[:, None], weights, 0.0) for one in candidates)
-        sums = jax.lax.reduce(kept, (np.float32(0),) * count, lambda a, b: tuple(map(operator.add, a, b)), (1,))
+        weights = weigh(_from_ordered_bits(keys))
+        sums = tuple(jnp.where(keys >= one[:, None, None], weights, 0.0) for one in candidates)
+        for axis in (2, 1):
+            sums = jax.lax.reduce(sums, (np.float32(0),) * count, lambda a, b: tuple(map(operator.add, a, b)), (axis,))
         digit = sum((one >= target).astype(jnp.uint32) for one in sums)  # the sums fall from one to the next
         return threshold | (digit << shift)
 
-    return jax.lax.fori_loop(0, 32 // bits, refine, jnp.zeros(len(keys), jnp.uint32))
+    return jax.lax.fori_loop(0, 32 // bits, refine, jnp.zeros(len(keys), jnp.uint32), unroll=bits > 1)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
     """u32 in the order of f32: flips all bits of negative numbers and the sign bit of the others."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 > 0, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _from_ordered_bits(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(jnp.where(bits >> 31 > 0, bits ^ jnp.uint32(1 << 31), ~bits), jnp.float32)

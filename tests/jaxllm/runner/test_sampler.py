@@ -1,6 +1,7 @@
 """The sampler against numpy: distributions by chi-squared, draws that depend on seed and position alone."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -117,19 +118,21 @@ def test_large_rows_are_not_sorted(platform):
 def test_the_threshold_is_that_of_a_sort_however_many_bits_a_pass_finds(bits, kind):
     """Weights are multiples of 2**-12, so that their sums are exact in whatever order they are added."""
     random = np.random.default_rng(bits)
-    logits = random.normal(0, 3, (40, 300)).round(1).astype(np.float32) + 0.0  # with ties, without -0.0
-    logits[:4, ::3], logits[4:8] = -np.inf, logits[4:8] - 1e30
-    weights = np.ones_like(logits) if kind == "count" else (random.integers(0, 64, logits.shape) / 4096).astype("f4")
-    total = weights.sum(1)
-    target = np.floor(total * random.uniform(0, 1, 40) * 4096).clip(1) / 4096 if kind != "count" else np.arange(1, 41)
-    target[-1] = total[-1]
-    keys = _ordered_bits(jnp.asarray(logits))
-    found = np.asarray(jax.jit(_search, static_argnums=3)(keys, weights, target.astype("f4"), bits))
+    if kind == "count":
+        x = random.normal(0, 3, (40, 300)).round(1).astype(np.float32) + 0.0  # with ties, without -0.0
+        x[:4, ::3], x[4:8] = -np.inf, x[4:8] - 1e30
+        weigh, weights, target = jnp.ones_like, np.ones_like(x), np.arange(1, 41)
+    else:
+        x = (random.integers(0, 64, (40, 300)) / 4096).astype(np.float32)
+        weigh, weights = (lambda one: one), x
+        target = np.floor(x.sum(1) * random.uniform(0, 1, 40) * 4096).clip(1) / 4096
+    target[-1] = weights[-1].sum()
+    keys = _ordered_bits(jnp.asarray(x))
+    found = np.asarray(jax.jit(partial(_search, weigh=weigh, bits=bits))(keys, target.astype("f4")))
     for row in range(40):
-        order = np.argsort(-logits[row], kind="stable")
+        order = np.argsort(-x[row], kind="stable")
         last = order[np.searchsorted(np.cumsum(weights[row][order]), target[row])]  # with it the target is reached
-        kept = np.asarray(keys[row]) >= found[row]
-        np.testing.assert_array_equal(kept, logits[row] >= logits[row][last])
+        np.testing.assert_array_equal(np.asarray(keys[row]) >= found[row], x[row] >= x[row][last])
 
 
 def test_padding_rows_are_greedy():
