@@ -284,17 +284,21 @@ def _search(keys: jax.Array, target: jax.Array, weigh: Callable[[jax.Array], jax
     keys = jnp.pad(keys, ((0, 0), (0, -keys.shape[1] % _SPAN))).reshape(len(keys), -1, _SPAN)
     keys = jax.lax.optimization_barrier(keys)  # stored once; XLA would pad again in each pass, and store its summands
 
-    def refine(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        shift = jnp.uint32(32 - bits * (i + 1))
-        candidates = [threshold | (jnp.uint32(digit) << shift) for digit in range(1, count + 1)]
+    def refine(_: Any, state: jax.Array) -> jax.Array:
+        # The threshold's bits so far, and a bit that marks where the next digit's unit is. (As a number that XLA knows,
+        # the unit would make it compile each pass by itself.)
+        unit = state & -state
+        threshold = state ^ unit
+        candidates = [threshold + digit * unit for digit in range(1, count + 1)]
         weights = weigh(_from_ordered_bits(keys))
         sums = tuple(jnp.where(keys >= one[:, None, None], weights, 0.0) for one in candidates)
         for axis in (2, 1):
             sums = jax.lax.reduce(sums, (np.float32(0),) * count, lambda a, b: tuple(map(operator.add, a, b)), (axis,))
         digit = sum((one >= target).astype(jnp.uint32) for one in sums)  # the sums fall from one to the next
-        return threshold | (digit << shift)
+        return threshold + digit * unit | unit >> bits
 
-    return jax.lax.fori_loop(0, 32 // bits, refine, jnp.zeros(len(keys), jnp.uint32), unroll=bits > 1)
+    start = jnp.full(len(keys), 1 << (32 - bits), jnp.uint32)
+    return jax.lax.fori_loop(0, 32 // bits, refine, start, unroll=bits > 1)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
