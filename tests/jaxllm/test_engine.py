@@ -5,8 +5,6 @@ import pytest
 
 from jaxllm import SamplingParams
 from jaxllm.models.testing import continuation
-from jaxllm.runner import model_runner
-from jaxllm.scheduling import loop
 from tests.jaxllm.conftest import make_sum_llm
 
 PROMPTS = [[(i * k + 1) % 32 for i in range(length)] for k, length in enumerate([1, 3, 15, 16, 17, 40, 90, 33], 1)]
@@ -39,39 +37,6 @@ def test_chunks_prefixes_and_preemption(ahead):
         assert answers(llm, PROMPTS[6], greedy(40)) == [expected[6]]
     assert llm.llm_engine.scheduler.memory.hit_tokens >= 88
     llm.llm_engine.scheduler.check()
-
-
-@pytest.mark.parametrize("ahead", [True, False])
-def test_decode_loops(ahead, monkeypatch):
-    """Several greedy decode steps in one program: rows end within a loop, and others need sampling in between."""
-    monkeypatch.setitem(model_runner.LOOP_STEPS, "cpu", 4)
-    monkeypatch.setattr(loop, "BURST_SECONDS", 100.0)
-    llm = make_sum_llm(block_size=8, async_scheduling=ahead)
-    used = set()
-    monkeypatch.setattr(llm.llm_engine.runner, "executables", Recording(llm.llm_engine.runner.executables, used))
-    lengths = [1, 5, 9, 12, 13, 30, 31, 40]
-    outputs = llm.generate(PROMPTS, [greedy(n) for n in lengths], use_tqdm=False)
-    for prompt, length, output in zip(PROMPTS, lengths, outputs, strict=True):
-        assert output.outputs[0].token_ids == continuation(prompt, length)
-    assert any(getattr(key, "num_steps", 1) == 4 for key in used)
-    stop = continuation(PROMPTS[4], 12)[5]
-    outputs = llm.generate(PROMPTS[4], greedy(stop_token_ids=[stop]), use_tqdm=False)
-    tokens = continuation(PROMPTS[4], 12)
-    assert outputs[0].outputs[0].token_ids == tokens[: tokens.index(stop) + 1]
-    drawn = SamplingParams(temperature=1.0, top_k=1, max_tokens=9)
-    outputs = llm.generate([PROMPTS[5], PROMPTS[6]], [drawn, greedy(9)], use_tqdm=False)
-    assert [one.outputs[0].token_ids for one in outputs] == [continuation(p, 9) for p in PROMPTS[5:7]]
-
-
-class Recording(dict):
-    """Executables that note which of them are asked for."""
-
-    def __init__(self, programs, used):
-        self.programs, self.used = programs, used
-
-    def __getitem__(self, key):
-        self.used.add(key)
-        return self.programs[key]
 
 
 def test_long_prefix_hits_overflow_what_a_step_carries():

@@ -72,6 +72,26 @@ def test_sampled_tokens_are_those_of_single_steps(default_llm, with_loops, monke
     assert len(recording.programs) == len(llm.llm_engine.runner.program_keys)  # nothing was compiled late
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_rows_end_within_a_loop_and_others_are_sampled_in_between(ahead, with_loops, monkeypatch):
+    llm = make_sum_llm(block_size=PAGE, async_scheduling=ahead)
+    recording = Recording(llm, monkeypatch)
+    prompts = [[(i * k + 1) % 32 for i in range(length)] for k, length in enumerate([1, 3, 15, 16, 17, 40, 90, 33], 1)]
+    lengths = [1, 5, 9, 12, 13, 30, 31, 40]
+
+    def tokens(prompts, params):
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    greedy = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
+    assert tokens(prompts, greedy) == [continuation(*both) for both in zip(prompts, lengths, strict=True)]
+    assert STEPS in recording.steps
+    expected = continuation(prompts[4], 12)
+    stopped = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[expected[5]])
+    assert tokens(prompts[4], stopped) == [expected[: expected.index(expected[5]) + 1]]
+    drawn = SamplingParams(temperature=1.0, top_k=1, max_tokens=9)
+    assert tokens(prompts[5:7], [drawn, greedy[2]]) == [continuation(prompt, 9) for prompt in prompts[5:7]]
+
+
 def written_positions(llm) -> list[int]:
     """How many tokens' values lie in each page that is not empty. The sum model writes its tokens; none here is 0."""
     values = np.asarray(llm.llm_engine.runner._kv[0].v)[:, 0, :, 0]
