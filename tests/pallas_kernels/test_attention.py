@@ -4,6 +4,7 @@ The suite is written once; a backend is a parameter.
 """
 
 import functools
+import re
 import time
 
 import jax
@@ -102,6 +103,20 @@ def test_what_fits_into_one_round_is_no_loop(window):
         if length:
             expected[row] = attend(np.asarray(q[row], np.float64), paged.keys[row][seen], paged.values[row][seen], 0.2)
     check(decode(*arrays), expected, "float32")
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("gpu", "float32"), ("gpu", "bfloat16")])
+def test_what_the_products_of_queries_and_keys_are_made_of(platform, dtype, monkeypatch):
+    """A GPU would round float32 to 10 bits, if it were let; 16-bit numbers it need not convert."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    pages = jax.ShapeDtypeStruct((8, 2, 16, 48), dtype)  # like no other test's, which would be traced already
+    q, table, lens = (jax.ShapeDtypeStruct(*one) for one in (((3, 4, 48), dtype), ((3, 4), "i4"), ((3,), "i4")))
+    decode = functools.partial(paged_decode, scale=0.2, backend="reference")
+    scores, values = re.findall(
+        r"dot_general.*?: \(.*?\) ->.*", jax.jit(decode).lower(q, pages, pages, table, lens).as_text()
+    )
+    assert ("bf16" in scores) == (dtype == "bfloat16") and "bf16" not in values
+    assert all(("[HIGHEST, HIGHEST]" in one) == (dtype == "float32") for one in (scores, values))
 
 
 OPTIONS = [
