@@ -76,13 +76,8 @@ class ChatGLMModel(LlamaForCausalLM):
         ("transformer.encoder.final_layernorm", "norm"),
         ("transformer.output_layer", "lm_head"),
     )
-
-    def __init__(self, config: ChatGLMConfig, dtype):
-        super().__init__(config, dtype)
-        self.ignored_weights = (
-            "transformer.rotary_pos_emb.inv_freq",
-            *(("transformer.output_layer.weight",) if config.tie_word_embeddings else ()),
-        )
+    ignored_weights: ClassVar = ("transformer.rotary_pos_emb.inv_freq",)
+    optional_prefixes: ClassVar = ()
 
 
 class GlmConfig(ModelConfig):

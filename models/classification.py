@@ -50,7 +50,11 @@ def classifier(decoder: type) -> type:
     class Classifier(decoder):
         known_as: ClassVar = "sequence classifiers and rerankers on these"
         config_class: ClassVar = ClassifierConfig
-        weight_names: ClassVar = (*decoder.weight_names, ("score", "score"))
+        weight_names: ClassVar = (*(row for row in decoder.weight_names if row[1] != "lm_head"), ("score", "score"))
+        ignored_weights: tuple[str, ...] = (
+            *decoder.ignored_weights,
+            *(f"{theirs}.weight" for theirs, ours, *_ in decoder.weight_names if ours == "lm_head"),
+        )
 
         def __init__(self, config: ModelConfig, dtype):
             super().__init__(config, dtype)

@@ -185,12 +185,11 @@ class Gemma2ForCausalLM(nnx.Module):
         ("model.layers.{}.pre_feedforward_layernorm", "layers.{}.mlp_norm"),
         ("model.layers.{}.post_feedforward_layernorm", "layers.{}.mlp_out_norm"),
     )
-    ignored_weights: tuple[str, ...] = ("lm_head.weight",)  # a tied head may be there twice
+    ignored_weights: ClassVar = ()
+    optional_prefixes: ClassVar = LlamaForCausalLM.optional_prefixes
 
     def __init__(self, config: GemmaConfig, dtype):
         self.config = config
-        if not config.tie_word_embeddings:
-            self.ignored_weights = ()
         initializer = normal(config.initializer_range)
         self.embed = Embed(config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer)
         # Rounded to the weights' dtype, as transformers does: of 3072 it is 55.5 in bfloat16, and trained so.
@@ -243,11 +242,5 @@ class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
     weight_names: ClassVar = tuple(
         (f"language_model.{theirs}", *ours) for theirs, *ours in Gemma3ForCausalLM.weight_names
     )
-
-    def __init__(self, config: GemmaConfig, dtype):
-        super().__init__(config, dtype)
-        self.ignored_weights = (
-            *(f"language_model.{name}" for name in self.ignored_weights),
-            "vision_tower.*",
-            "multi_modal_projector.*",
-        )
+    ignored_weights: ClassVar = ("vision_tower.*", "multi_modal_projector.*")
+    optional_prefixes: ClassVar = ()

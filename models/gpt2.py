@@ -86,6 +86,7 @@ class GPT2LMHeadModel(nnx.Module):
 
     known_as: ClassVar = "GPT-2; DistilGPT2"
     config_class: ClassVar = GPT2Config
+    ignored_weights: ClassVar = ("*.attn.bias", "*.attn.masked_bias")  # old checkpoints hold the causal mask
     optional_prefixes: ClassVar = ("transformer.",)
     weight_names: ClassVar = (
         ("transformer.wte", "embed"),
@@ -102,9 +103,6 @@ class GPT2LMHeadModel(nnx.Module):
 
     def __init__(self, config: GPT2Config, dtype):
         self.config = config
-        # Old checkpoints hold the causal mask.
-        masks = ("*.attn.bias", "*.attn.masked_bias")
-        self.ignored_weights = (*masks, "lm_head.weight") if config.tie_word_embeddings else masks
         options = dict(dtype=dtype, initializer=normal(config.initializer_range))
         self.embed = Embed(config.vocab_size, config.hidden_size, **options)
         self.positions = Embed(config.max_position_embeddings, config.hidden_size, **options)

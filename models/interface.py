@@ -109,7 +109,9 @@ class Network:
         self.module_class = type(module)
         self.packed = packed or {}  # see quantization.apply.quantize_linears
         self.weight_names = module.weight_names
-        self.ignored_weights = module.ignored_weights
+        self.tied_head = _tied_head(module, config)
+        # Some checkpoints hold a tied head beside the embedding.
+        self.ignored_weights = (*module.ignored_weights, *(self.tied_head or ())[:1])
         self.optional_prefixes: tuple[str, ...] = getattr(module, "optional_prefixes", ())
         self.kv_shapes = module.kv_shapes
         self._graph, state = nnx.split(module)
@@ -154,6 +156,14 @@ class Network:
     def _merge(self, params: Params) -> Any:
         flat = flatten_dict(params)
         return nnx.merge(self._graph, nnx.from_flat_state([(key, flat[path]) for path, key in self._keys.items()]))
+
+
+def _tied_head(module: nnx.Module, config: ModelConfig) -> tuple[str, str] | None:
+    """The checkpoint's names of the output head and of the embedding that stands for it; None where they are two."""
+    names = {ours: f"{theirs}.weight" for theirs, ours, *_ in module.weight_names}
+    if not config.tie_word_embeddings or "lm_head" not in names:
+        return None
+    return names["lm_head"], names["embed"]
 
 
 def checkpoint_names(

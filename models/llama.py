@@ -86,6 +86,9 @@ class LlamaForCausalLM(nnx.Module):
 
     known_as: ClassVar = "Llama 1, 2 and 3.x; Vicuna; Chinese-Alpaca-2; Yi; DeepSeek LLM; SmolLM2"
     layer_class: ClassVar = DecoderLayer
+    # Old checkpoints hold the rotary frequencies, which follow from the config.
+    ignored_weights: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    optional_prefixes: ClassVar = ("model.",)  # as a decoder is saved by itself, for embeddings
     weight_names: ClassVar = (
         ("model.embed_tokens", "embed"),
         ("model.layers.{}.input_layernorm", "layers.{}.attention_norm"),
@@ -103,8 +106,6 @@ class LlamaForCausalLM(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype):
         self.config = config
-        # Old checkpoints hold the rotary frequencies, which follow from the config. A tied head may be there twice.
-        self.ignored_weights = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
         initializer = normal(config.initializer_range)
         self.embed = Embed(config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer)
         self.layers = nnx.List([self.layer_class(config, dtype, layer) for layer in range(config.num_hidden_layers)])
@@ -178,9 +179,13 @@ class Qwen2Config(ModelConfig):
         read, get = super().from_hf(config), cls.reader(config)
         first = get.integer("max_window_layers", minimum=0)
         window = get.integer("sliding_window") if get.boolean("use_sliding_window", default=False) else None
-        return replace(
-            read, windows=windows_of(config, read.num_hidden_layers, window, slides=lambda layer: layer >= first)
-        )
+        slides = functools.partial(cls.slides, first=first)
+        return replace(read, windows=windows_of(config, read.num_hidden_layers, window, slides))
+
+    @classmethod
+    def slides(cls, layer: int, first: int) -> bool:
+        """Whether a layer has a window, where max_window_layers is `first` and the config does not list them."""
+        return layer >= first
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):

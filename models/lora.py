@@ -23,6 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxllm.models.checkpoint_files import CheckpointError, CheckpointTensor, list_tensors, list_tensors_of
+from jaxllm.models.registry import build, read_config
 
 _SHARD_BYTES = 5 * 10**9
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -58,6 +59,7 @@ class AdapterConfig:
     transposed: bool  # the layers' weights are [in, out] ("fan_in_fan_out")
     bias: str
     saved: tuple[str, ...]  # modules trained whole
+    ties: bool  # a tied model's output head follows its embedding
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "AdapterConfig":
@@ -75,6 +77,7 @@ class AdapterConfig:
             transposed=_check(values, "fan_in_fan_out", (True, False), default=False),
             bias=_check(values, "bias", ("none", "all", "lora_only"), default="none"),
             saved=tuple(values.get("modules_to_save") or ()),
+            ties=_check(values, "ensure_weight_tying", (True, False), default=False),
         )
 
     def rank_of(self, layer: str) -> int:
@@ -107,22 +110,37 @@ class Adapter:
         self._deltas, self._replaced, problems = _sorted_out(self.config, tensors)
         _raise_if(problems, f"{folder} does not fit its adapter_config.json")
 
-    def merged(self, tensors: list[CheckpointTensor]) -> list[CheckpointTensor]:
+    def merged(
+        self, tensors: list[CheckpointTensor], tied_head: tuple[str, str] | None = None
+    ) -> list[CheckpointTensor]:
         """A checkpoint's tensors, those that the adapter changes with what changes them; no value is read yet.
 
-        Raises: CheckpointError naming every tensor of the adapter that fits none of the checkpoint's.
+        `tied_head`: the names of an output head and an embedding that are one weight (Network.tied_head).
+        Raises: CheckpointError naming every tensor of the adapter that fits none of the checkpoint's, or that changes
+          one alone of the two.
         """
         names = {tensor.name: tensor for tensor in tensors}
+        shared = {_find(name, names) for name in tied_head or ()} - {None}
         problems = []
         for wanted, change in (*self._replaced.items(), *self._deltas.items()):
             name = _find(wanted, names)
             problem = _misfit(wanted, names) if name is None else change.misfit(names[name])
+            if problem is None and name in shared and self._trains_alone(wanted):
+                problem = (
+                    f"{wanted}: embedding and output head are one weight (tie_word_embeddings=true), and the adapter "
+                    "changes one of them; have PEFT merge it into a model whose tie_word_embeddings is false"
+                )
             if problem is not None:
                 problems.append(problem)
             else:
                 names[name] = change.of(names[name])
         _raise_if(problems, f"{self.folder} does not fit the model")
         return [names[tensor.name] for tensor in tensors]
+
+    def _trains_alone(self, name: str) -> bool:
+        """Whether an embedding's or a head's values are the adapter's, and not saved with it as what they were."""
+        trained = name in self._deltas or name.rpartition(".")[0].endswith(self.config.saved)
+        return trained and not self.config.ties
 
 
 @dataclass(frozen=True)
@@ -212,11 +230,20 @@ def _plain_name(name: str) -> str:
 
 def _find(wanted: str, names: Mapping[str, CheckpointTensor]) -> str | None:
     """The checkpoint's own name of a tensor: some checkpoints leave out the first words, such as "transformer."."""
+    wanted = next((name for name in (wanted, *_as_stored(wanted)) if name in names), wanted)
     if wanted in names:
         return wanted
     shorter = [name for name in names if f".{wanted}".endswith(f".{name}")]
     longer = [name for name in names if f".{name}".endswith(f".{wanted}")]
     return next((found[0] for found in (shorter, longer) if len(found) == 1), None)
+
+
+def _as_stored(name: str) -> list[str]:
+    """What transformers calls by this name, and adapters with it, is called in the checkpoints of some families."""
+    return [
+        name.replace("model.language_model.", "language_model.model.", 1),  # Gemma 3
+        name.replace(".mlp.gate.", ".block_sparse_moe.gate."),  # Mixtral
+    ]
 
 
 def _misfit(wanted: str, names: Mapping[str, CheckpointTensor]) -> str:
@@ -294,7 +321,7 @@ def merge_checkpoint(model: str | Path, adapter: str | Path, out: str | Path) ->
         raise ValueError(f"{out} is not empty: a merged checkpoint is written to a folder of its own")
     stored = list_tensors(model)
     dtypes = {tensor.name: tensor.dtype for tensor in stored}
-    shards = _shards(Adapter(adapter).merged(stored), dtypes)
+    shards = _shards(Adapter(adapter).merged(stored, _tied_head_of(model)), dtypes)
     out.mkdir(parents=True, exist_ok=True)
     weight_map = {}
     for i, shard in enumerate(shards):
@@ -308,6 +335,11 @@ def merge_checkpoint(model: str | Path, adapter: str | Path, out: str | Path) ->
         if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
     return out
+
+
+def _tied_head_of(model: Path) -> tuple[str, str] | None:
+    path = model / "config.json"
+    return build(read_config(json.loads(path.read_text(encoding="utf-8")))).tied_head if path.is_file() else None
 
 
 def _shards(tensors: list[CheckpointTensor], dtypes: Mapping[str, str]) -> list[list[CheckpointTensor]]:

@@ -84,6 +84,10 @@ class Qwen2MoeConfig(MoEConfig, Qwen2Config):
             **cls.routing(config),
         )
 
+    @classmethod
+    def slides(cls, layer: int, first: int) -> bool:
+        return layer < first and layer % 2 == 0
+
 
 class Qwen3MoeConfig(Qwen2MoeConfig):
     names = MappingProxyType({"num_experts": "num_local_experts"})  # transformers 5 writes that one
@@ -99,6 +103,15 @@ class Qwen3MoeConfig(Qwen2MoeConfig):
         }
     )
     qk_norm = True
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Qwen3MoeConfig":
+        """All layers have the window, if there is one, whatever `layer_types` says."""
+        return super().from_hf({key: value for key, value in config.items() if key != "layer_types"})
+
+    @classmethod
+    def slides(cls, layer: int, first: int) -> bool:
+        return True
 
 
 def expert_options(config: MoEConfig, dtype) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class OPTForCausalLM(nnx.Module):
 
     known_as: ClassVar = "OPT"
     config_class: ClassVar = OPTConfig
+    ignored_weights: ClassVar = ()
     optional_prefixes: ClassVar = ("model.", "model.decoder.")
     weight_names: ClassVar = (
         ("model.decoder.embed_tokens", "embed"),
@@ -95,7 +96,6 @@ class OPTForCausalLM(nnx.Module):
 
     def __init__(self, config: OPTConfig, dtype):
         self.config = config
-        self.ignored_weights = ("lm_head.weight",) if config.tie_word_embeddings else ()
         options = dict(dtype=dtype, initializer=normal(config.initializer_range))
         width, narrow = config.hidden_size, config.embedding_size
         projected = narrow != width

@@ -87,6 +87,7 @@ def load_params(
     """
     slots = checkpoint_slots(network)
     tensors = _fitting_tensors(network, slots, Path(folder), adapter)
+    _check_tied_head(network, tensors)
     targets = _targets(network, shardings)
 
     def run(job: Callable[[], dict[ParamPath, np.ndarray]]) -> dict[ParamPath, jax.Array]:
@@ -118,12 +119,25 @@ def _fitting_tensors(
 ) -> list[CheckpointTensor]:
     tensors = _fully_named(network, slots, list_tensors(folder))
     if adapter is not None:
-        tensors = adapter.merged(tensors)
+        tensors = adapter.merged(tensors, network.tied_head)
     if network.config.quantization is not None:
         float_shapes = {name: slot.file_shape for name, slot in slots.items()}
         tensors = with_floats(network.config.quantization, float_shapes, tensors)
     _raise_if(_problems_of_tensors(network, slots, tensors), f"{folder} does not fit {network.config.architecture}")
     return tensors
+
+
+def _check_tied_head(network: Network, tensors: list[CheckpointTensor]) -> None:
+    """Raises CheckpointError where a head that should be the embedding is in the files too, with other values."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    if network.tied_head is None or not by_name.keys() >= set(network.tied_head):
+        return
+    head, embedding = network.tied_head
+    if not np.array_equal(by_name[head].read(), by_name[embedding].read()):
+        raise CheckpointError(
+            f"tie_word_embeddings=true, but {head} is not {embedding}: the model was trained with a head of its own. "
+            'Open it with hf_overrides={"tie_word_embeddings": False}, or set that in its config.json'
+        )
 
 
 def check_params(network: Network, params: Params) -> None:

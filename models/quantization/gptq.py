@@ -93,7 +93,9 @@ class GPTQScheme(Scheme):
 
 def read(settings: Settings) -> OneScheme:
     """From a quantization_config. Raises: ValueError naming the key, its value and what is allowed."""
-    checkpoint_format = settings.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    # AutoGPTQ's name and transformers'.
+    key = "checkpoint_format" if settings.values.get("checkpoint_format") is not None else "format"
+    checkpoint_format = settings.choice(key, ("gptq", "gptq_v2"), "gptq")
     scheme = GPTQScheme(
         bits=settings.choice("bits", (4, 8)),
         group_size=settings.choice("group_size", GROUP_SIZES),

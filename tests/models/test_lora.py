@@ -63,6 +63,60 @@ def test_merged_logits_equal_pefts(variant, tmp_path):
     assert np.abs(expected - logits_of(tmp_path / "model")).max() > 0.05  # the adapter does something
 
 
+TIED = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "saved embedding": {"modules_to_save": ["embed_tokens"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "saved head": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("variant", TIED)
+def test_a_tied_models_embedding_or_head_alone_is_refused(variant, tmp_path):
+    """PEFT changes what one of the two does and not the weight, which they share."""
+    make(tmp_path, model={"tie_word_embeddings": True}, **TIED[variant])
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, file)
+    for call in (logits_of, lambda *folders: merge_checkpoint(*folders, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="weight: embedding and output head are one weight"):
+            call(tmp_path / "model", tmp_path / "adapter")
+
+
+def test_a_tied_models_embedding_whose_head_follows(tmp_path):
+    make(tmp_path, model={"tie_word_embeddings": True}, target_modules=["embed_tokens"])
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ensure_weight_tying": True}))
+    merge_checkpoint(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    plain, merged = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("model", "out"))
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    expected = plain["model.embed_tokens.weight"] + 1.5 * (adapter[f"{name}B"] @ adapter[f"{name}A"]).T
+    np.testing.assert_allclose(merged["model.embed_tokens.weight"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits_of(tmp_path / "model", tmp_path / "adapter"), logits_of(tmp_path / "out"))
+
+
+RENAMED = {
+    "model.language_model.layers.0.self_attn.q_proj": "language_model.model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.gate": "model.layers.0.block_sparse_moe.gate",
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_names_of_transformers_that_are_not_the_checkpoints(name, tmp_path):
+    """Gemma 3's text model and Mixtral's router, as PEFT saves what was trained of them."""
+    values = {f"base_model.model.{name}.lora_{one}.weight": np.ones(shape, np.float32)
+              for one, shape in (("A", (2, 6)), ("B", (5, 2)))}  # fmt: skip
+    for folder in ("adapter", "model"):
+        (tmp_path / folder).mkdir()
+    save_file(values, tmp_path / "adapter/adapter_model.safetensors")
+    config = {"r": 2, "lora_alpha": 2, "target_modules": [name.rpartition(".")[2]]}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    save_file({f"{RENAMED[name]}.weight": np.zeros((5, 6), np.float32)}, tmp_path / "model/model.safetensors")
+    merge_checkpoint(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert (load_file(tmp_path / "out/model.safetensors")[f"{RENAMED[name]}.weight"] == 2).all()
+
+
 def test_merged_checkpoint_has_the_models_names_dtypes_and_files(tmp_path, monkeypatch):
     expected = make(tmp_path)
     model, out = tmp_path / "model", tmp_path / "out"

@@ -112,12 +112,21 @@ VARIANTS = {
     | {"head_dim": 8, "norm_topk_prob": False, "decoder_sparse_step": 2},
     "qwen2-moe": QWEN15_MOE | TINY | SMALL_EXPERTS | {"shared_expert_intermediate_size": 20},
 }
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
 
 @pytest.mark.parametrize("variant", ref.slow_but(("qwen3-moe",), VARIANTS))
 def test_alone(variant, tmp_path):
     reference = ref.made_by_transformers(tmp_path, VARIANTS[variant])
     network, params = ref.open_checkpoint(tmp_path)
+    ref.check_alone(network, params, reference, ref.prompt(14, 96))
+
+
+@pytest.mark.parametrize(("variant", "windows"), [("qwen3-moe", (5, 5)), ("qwen2-moe", (5, None))])
+def test_each_familys_rule_for_windows(variant, windows, tmp_path):
+    reference = ref.made_by_transformers(tmp_path, VARIANTS[variant] | WINDOW)
+    network, params = ref.open_checkpoint(tmp_path)
+    assert network.config.windows == windows
     ref.check_alone(network, params, reference, ref.prompt(14, 96))
 
 

@@ -114,6 +114,28 @@ def test_tied_head_may_be_in_the_file_or_not(tmp_path):
     assert_equal(load(tied, tmp_path), params)
 
 
+def test_a_head_that_is_not_the_embedding_is_no_tied_one(tmp_path):
+    """transformers does not tie such a head, whatever the config says."""
+    untied = network(tie_word_embeddings=False)
+    params = untied.init(jax.random.key(0))
+    save_checkpoint(untied, params, tmp_path)
+    assert "lm_head.weight is not model.embed_tokens.weight" in message(network(tie_word_embeddings=True), tmp_path)
+    assert_equal(load(untied, tmp_path), params)
+
+
+def test_a_decoder_saved_by_itself_lacks_the_first_word_of_its_names(tmp_path):
+    tied = network(tie_word_embeddings=True)
+    params = tied.init(jax.random.key(0))
+    save_checkpoint(tied, params, tmp_path)
+
+    def shorten(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    rewrite(tmp_path, shorten)
+    assert_equal(load(tied, tmp_path), params)
+
+
 def test_old_checkpoints_rotary_frequencies_are_ignored(saved):
     net, params, folder = saved
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"

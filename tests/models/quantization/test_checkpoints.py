@@ -57,6 +57,11 @@ VARIANTS = {
     "gptq a scale a row": (GPTQ | {"group_size": -1}, formats.gptq, {"group_size": -1}),
     "gptq asym": (GPTQ | {"sym": False}, formats.gptq, {"sym": False}),
     "gptq desc_act": (GPTQ | {"desc_act": True}, formats.gptq, {"desc_act": True}),
+    "gptq asym v2, by transformers' key": (
+        GPTQ | {"sym": False, "format": "gptq_v2"},
+        formats.gptq,
+        {"sym": False, "v2": True},
+    ),
     "gptq desc_act asym v2": (
         GPTQ | {"desc_act": True, "sym": False, "checkpoint_format": "gptq_v2"},
         formats.gptq,
