@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from jaxllm import profiling
 from jaxllm.config import EngineConfig
-from jaxllm.engine import LLMEngine, Prompt
+from jaxllm.engine import LLMEngine, Prompt, check_request_id
 from jaxllm.loading import build_engine
 from jaxllm.metrics import Metric
 from jaxllm.outputs import PoolingOutput, PoolingRequestOutput, RequestOutput
@@ -113,6 +113,7 @@ class AsyncLLM:
 
     async def _follow(self, request_id: str, add: Callable[[LLMEngine], None]) -> AsyncGenerator[Any, None]:
         """The outputs of the request that `add` queues; it ends if it is left before they have."""
+        check_request_id(request_id)
         stream = _Stream(asyncio.get_running_loop())
         finished = False
         try:
@@ -237,7 +238,7 @@ class _Worker:
         return future
 
     def post(self, job: Callable[[], None]) -> bool:
-        """Has the thread call `job`, which must not raise; False if it has ended."""
+        """Has the thread call `job`, whose errors are logged and nobody gets; False if it has ended."""
         with self._lock:
             if not self._stopped:
                 self._jobs.put(job)
@@ -284,9 +285,16 @@ class _Worker:
         """Calls what has been handed over; waits for it while there is nothing else to do."""
         if not self._engine.has_unfinished_requests():
             self._engine.drain()
-            self._jobs.get()()
+            self._do(self._jobs.get())
         while not self._jobs.empty():
-            self._jobs.get()()
+            self._do(self._jobs.get())
+
+    @staticmethod
+    def _do(job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception:
+            logger.exception("what another thread handed over failed; the engine goes on")
 
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
         """Hands outputs to their streams, with one call for each event loop."""

@@ -158,6 +158,11 @@ class EngineConfig:
             self._check_integer(name, 0)
         if self.max_logprobs != -1:
             self._check_integer("max_logprobs", 0)
+        if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
+            raise ValueError(
+                f"long_prefill_token_threshold must be 0 with enable_chunked_prefill=False, got "
+                f"{self.long_prefill_token_threshold}: it cuts prompts into chunks"
+            )
         utilization = self.gpu_memory_utilization
         if not (isinstance(utilization, int | float) and math.isfinite(utilization) and 0 < utilization <= 1):
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization!r}")

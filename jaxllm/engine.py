@@ -66,7 +66,11 @@ class _Group:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[sequence.output(holding_back=self.streaming, delta=delta) for sequence in self._best()],
+            outputs=[
+                sequence.output(holding_back=self.streaming, delta=delta)
+                for sequence in self._best()
+                if not (delta and sequence.has_told_its_end)
+            ],
             finished=self.finished,
             metrics=metrics,
             prompt_logprobs=self.prompt_logprobs.dicts,
@@ -95,6 +99,12 @@ class _PoolingGroup(_Group):
             return PoolingRequestOutput(self.request_id, None, self.prompt_token_ids, finish_reason=str(reason))
         assert self.vector is not None and self.finish is not None
         return PoolingRequestOutput(self.request_id, self.finish(self.vector.value), self.prompt_token_ids)
+
+
+def check_request_id(request_id: Any) -> None:
+    """Raises TypeError for what cannot name a request."""
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id must be text, got {request_id!r}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,10 @@ class LLMEngine:
         pooler: PoolerConfig | None = None,
         problem_type: str | None = None,
     ) -> None:
-        self.runner, self.tokenizer, self.eos_token_ids = runner, tokenizer, tuple(eos_token_ids)
+        self.runner, self.tokenizer = runner, tokenizer
+        # A tokenizer may know tokens that the model does not: these are never sampled.
+        vocab_size = runner.network.config.vocab_size
+        self.eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
         self.sampling_defaults = dict(sampling_defaults or {})
         self._pooler, self._problem_type = pooler or PoolerConfig(), problem_type
         self.config: EngineConfig = runner.config
@@ -226,19 +239,31 @@ class LLMEngine:
         Raises: ValueError, TypeError or RequestTooLong, before anything of it is queued; RuntimeError in sleep mode.
         """
         self._check_awake()
-        if request_id in self._groups:
-            raise ValueError(f"request_id {request_id!r} is already in use")
+        self._check_id_and_priority(request_id, priority)
         ready = prompt if isinstance(prompt, PreparedRequest) else self.prepare(prompt, params)
         arrival = time.monotonic() if arrival_time is None else arrival_time
         make_group = self._beam_group if ready.params.use_beam_search else self._group
         group = make_group(request_id, ready, priority, streaming, arrival)
-        self._groups[request_id] = group
         self._queue(group, arrival)
+        self._groups[request_id] = group
+
+    def _check_id_and_priority(self, request_id: str, priority: int) -> None:
+        check_request_id(request_id)
+        if request_id in self._groups:
+            raise ValueError(f"request_id {request_id!r} is already in use")
+        if type(priority) is not int:
+            raise TypeError(f"priority must be an integer, got {priority!r}")
 
     def _queue(self, group: _Group | BeamGroup, now: float) -> None:
-        """Hands the requests of the group's sequences to the scheduler."""
-        for sequence in group.sequences:
-            self.scheduler.add(sequence.request, now)
+        """Hands the requests of the group's sequences to the scheduler, all of them or none."""
+        for i, sequence in enumerate(group.sequences):
+            try:
+                self.scheduler.add(sequence.request, now)
+            except BaseException:  # a policy's own code is asked
+                for queued in group.sequences[:i]:
+                    self.scheduler.finish(queued.request, FinishReason.ABORT, None, now)
+                self._forget_requests(group)
+                raise
             self._of_request[sequence.request.id] = (group, sequence)
             self._num_watched += self._is_watched(group, sequence)
 
@@ -261,11 +286,11 @@ class LLMEngine:
     def add_pooling_request(self, request_id: str, ready: PreparedPooling, *, priority: int = 0) -> None:
         """Queues a request for a vector; `step` returns its PoolingRequestOutput, of a NumPy array f32[...].
 
-        Raises: ValueError if the id is in use; RuntimeError in sleep mode.
+        Raises: ValueError if the id is in use; TypeError for an id or a priority that is none; RuntimeError in sleep
+          mode.
         """
         self._check_awake()
-        if request_id in self._groups:
-            raise ValueError(f"request_id {request_id!r} is already in use")
+        self._check_id_and_priority(request_id, priority)
         ids, arrival = ready.prompt_token_ids, time.monotonic()
         of_task: dict[str | None, Pooling] = {"classify": "last", "token_embed": "all"}
         pooling = of_task.get(ready.params.task, self._pooler.pooling)
@@ -383,10 +408,12 @@ class LLMEngine:
         for request, start, part in result.pooled or ():
             if (found := self._of_request.get(request.id)) and found[1].request is request:
                 found[0].vector.take(start, part)
+        failed = {request.id for request in result.failed}
         if self._num_watched:
             for request, tokens, row in zip(output.requests, output.tokens, output.rows.tolist(), strict=True):
                 group, sequence = self._of_request[request.id]
-                self._watch(sequence, tokens, row, result)
+                if request.id not in failed:  # or its token is none
+                    self._watch(sequence, tokens, row, result)
                 if isinstance(group, _Group) and (group.streaming or group.finished):
                     touched[group.request_id] = group
         ended = [*output.finished, *self._end_failed(result)]
@@ -405,14 +432,20 @@ class LLMEngine:
         if failed:
             self._end_all(group, FinishReason.ERROR)
             return True
-        group.advance()
-        if group.finished:
-            return True
+        try:
+            group.advance()
+            if not group.finished:
+                self._queue_forks(group)
+        except Exception:
+            logger.exception("a beam search failed; it ends with finish_reason 'error'")
+            self._end_all(group, FinishReason.ERROR)
+        return True
+
+    def _queue_forks(self, group: BeamGroup) -> None:
         for sequence in group.sequences:
             sequence.request.sampling = sequence.request.sampling.fork()
             sequence.request.skip_reading_prefix_cache = bool(group.params.skip_reading_prefix_cache)
         self._queue(group, time.monotonic())
-        return True
 
     def _end_failed(self, result: RunnerResult) -> list[Request]:
         """Ends the requests whose sampling failed on the host: finish_reason "error", and without this token."""

@@ -113,7 +113,7 @@ class LLM:
         """
         refuse(lora_request=lora_request, multi_modal_data=multi_modal_data, **refused)
         prompts = with_token_ids(prompts, prompt_token_ids)
-        return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+        return self._finish(self._add(prompts, sampling_params, priority), use_tqdm)
 
     def enqueue(
         self,
@@ -129,7 +129,7 @@ class LLM:
         Arguments and errors are those of `generate`; queueing has no progress bar.
         """
         refuse(lora_request=lora_request, **refused)
-        return self._enqueue(self._add(prompts, sampling_params, priority, streaming=False))
+        return self._enqueue(self._add(prompts, sampling_params, priority))
 
     def enqueue_chat(
         self,
@@ -143,7 +143,7 @@ class LLM:
     ) -> list[str]:
         """Queues conversations, as `enqueue` does prompts; the other arguments are those of `chat`."""
         prompts = self._chat_prompts(messages, lora_request=lora_request, **options)
-        return self._enqueue(self._add(prompts, sampling_params, priority, streaming=False))
+        return self._enqueue(self._add(prompts, sampling_params, priority))
 
     def wait_for_completion(self, *, use_tqdm: Progress = True) -> list[RequestOutput]:
         """Answers all that has been enqueued; one RequestOutput a prompt, in the order in which they were."""
@@ -189,7 +189,7 @@ class LLM:
             messages, chat_template, chat_template_content_format, add_generation_prompt, continue_final_message,
             tools, chat_template_kwargs, lora_request=lora_request, **refused,
         )  # fmt: skip
-        return self._finish(self._add(prompts, sampling_params, priority, streaming=False), use_tqdm)
+        return self._finish(self._add(prompts, sampling_params, priority), use_tqdm)
 
     def _chat_prompts(
         self,
@@ -328,10 +328,7 @@ class LLM:
             engine.prepare_pooling(prompt, PoolingParams.of(one, task, default=engine.pooling_task))
             for prompt, one in zip(prompts, every, strict=True)
         ]
-        ids = [str(next(self._ids)) for _ in ready]
-        for request_id, one in zip(ids, ready, strict=True):
-            engine.add_pooling_request(request_id, one)
-        self._open_inbox(ids)
+        ids = self._add_all(len(ready), lambda request_id, i: engine.add_pooling_request(request_id, ready[i]))
         outputs = self._finish(ids, use_tqdm)
         for i, output in enumerate(outputs):
             if output.finish_reason != "stop":
@@ -418,9 +415,16 @@ class LLM:
 
         Outputs are cumulative; `request_id` is the prompt's position. Leaving the loop early ends the requests.
         """
-        ids = self._add(prompts, sampling_params, None, streaming=True)
+        return self._stream(self._prepare(prompts, sampling_params))
+
+    def _stream(self, prepared: list[PreparedRequest]) -> Iterator[RequestOutput]:
+        """Queues the requests when the first output is asked for: what is never iterated leaves nothing behind."""
+        ids = self._queue(prepared, None, streaming=True)
         positions = {request_id: str(i) for i, request_id in enumerate(ids)}
-        return self._renamed(self._run(ids), positions)
+        with closing(self._run(ids)) as outputs:
+            for output in outputs:
+                output.request_id = positions[output.request_id]
+                yield output
 
     def beam_search(
         self,
@@ -468,21 +472,32 @@ class LLM:
         tokenizer = self.get_tokenizer()
         return None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
-    @staticmethod
-    def _renamed(outputs: Iterator[RequestOutput], names: dict[str, str]) -> Iterator[RequestOutput]:
-        for output in outputs:
-            output.request_id = names[output.request_id]
-            yield output
-
-    def _add(self, prompts: Any, params: Any, priority: SequenceOf[int] | None, streaming: bool) -> list[str]:
+    def _add(self, prompts: Any, params: Any, priority: SequenceOf[int] | None) -> list[str]:
         """Checks all requests, then queues all of them; returns their ids."""
-        prepared = self._prepare(prompts, params)
+        return self._queue(self._prepare(prompts, params), priority)
+
+    def _queue(
+        self, prepared: list[PreparedRequest], priority: SequenceOf[int] | None, streaming: bool = False
+    ) -> list[str]:
+        """Queues requests, all of them or none; returns their ids."""
         if priority is not None and len(priority) != len(prepared):
             raise ValueError(f"priority has {len(priority)} entries for {len(prepared)} prompts")
-        ids = [str(next(self._ids)) for _ in prepared]
-        for i, (request_id, ready) in enumerate(zip(ids, prepared, strict=True)):
-            rank = 0 if priority is None else priority[i]
-            self.llm_engine.add_request(request_id, ready, priority=rank, streaming=streaming)
+        ranks = [0] * len(prepared) if priority is None else priority
+
+        def add(request_id: str, i: int) -> None:
+            self.llm_engine.add_request(request_id, prepared[i], priority=ranks[i], streaming=streaming)
+
+        return self._add_all(len(prepared), add)
+
+    def _add_all(self, count: int, add: Callable[[str, int], None]) -> list[str]:
+        """Has `add` queue requests by id and position, all of them or none; returns their ids."""
+        ids = [str(next(self._ids)) for _ in range(count)]
+        try:
+            for i, request_id in enumerate(ids):
+                add(request_id, i)
+        except BaseException:
+            self.llm_engine.abort_request(ids)
+            raise
         self._open_inbox(ids)
         return ids
 

@@ -385,7 +385,7 @@ class SamplingParams:
                 raise ValueError(f"{name} must be {only} with use_beam_search, got {getattr(self, name)!r}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f'early_stopping must be True, False or "never", got {self.early_stopping!r}')
-        _check_number("length_penalty", self.length_penalty, "a finite number", math.isfinite)
+        _check_length_penalty(self.length_penalty)
         if self.output_kind is RequestOutputKind.DELTA:
             raise ValueError("output_kind must not be DELTA with use_beam_search: beams replace one another")
 
@@ -429,7 +429,7 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         _check_integer("beam_width", self.beam_width, 1)
-        _check_number("length_penalty", self.length_penalty, "a finite number", math.isfinite)
+        _check_length_penalty(self.length_penalty)
         self.sampling_params()
 
     def sampling_params(self) -> SamplingParams:
@@ -476,6 +476,11 @@ def _checked_bias(bias: Any) -> dict[int, float]:
         _check_number(f"logit_bias[{key!r}]", value, "a number", lambda x: True)
         checked[token] = min(max(float(value), -MAX_LOGIT_BIAS), MAX_LOGIT_BIAS)
     return checked
+
+
+def _check_length_penalty(value: Any) -> None:
+    # Beyond, a long answer's length to that power is no number.
+    _check_number("length_penalty", value, "a number from -50 to 50", lambda x: -50 <= x <= 50)
 
 
 def _made(name: str, value: Any, kind: type) -> Any:

@@ -20,6 +20,7 @@ class SamplingSpecs:
         self, config: EngineConfig, vocab_size: int, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int] = ()
     ) -> None:
         self._config, self._vocab_size, self._tokenizer = config, vocab_size, tokenizer
+        self._eos_token_ids = eos_token_ids
         self._grammars = GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
 
     def check(self, params: SamplingParams) -> None:
@@ -29,7 +30,7 @@ class SamplingSpecs:
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self._tokenizer is None:
                 raise ValueError(f"{name} (strings) needs a tokenizer; use stop_token_ids or logit_bias")
-        self._bad_words(params)
+        self._check_something_is_left(params)
         if len(params.logit_bias or ()) > MAX_BIASED:
             raise ValueError(f"logit_bias must have at most {MAX_BIASED} tokens, got {len(params.logit_bias or ())}")
         if params.thinking_token_budget is not None and (
@@ -52,7 +53,7 @@ class SamplingSpecs:
         scores_prompt = params.prompt_logprobs is not None or bool(params.prompt_logprob_token_ids)
         return SamplingSpec(
             temperature=params.temperature,
-            top_k=params.top_k,
+            top_k=min(params.top_k, self._vocab_size),
             top_p=params.top_p,
             min_p=params.min_p,
             seed=seed,
@@ -62,7 +63,7 @@ class SamplingSpecs:
             num_logprobs=self._num_logprobs(params),
             logprob_ids=tuple(params.logprob_token_ids or ()),
             processed_logprobs=params.use_beam_search,
-            min_tokens=params.min_tokens,
+            min_tokens=min(params.min_tokens, self._config.max_model_len),
             # Where a grammar lets nothing but the end follow, it follows: the constraint heeds min_tokens itself.
             masked_ids=tuple(sorted(stop_ids)) if params.min_tokens and not structured else (),
             allowed_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
@@ -122,6 +123,21 @@ class SamplingSpecs:
             spaced = self._encode(" " + word.lstrip())
             found += [plain] if spaced == plain else [plain, spaced]
         return found
+
+    def _check_something_is_left(self, params: SamplingParams) -> None:
+        """Of the tokens that are allowed, when others forbid some of them."""
+        left = set(params.allowed_token_ids or ())
+        forbidden = {"bad_words": {word[0] for word in self._bad_words(params) if len(word) == 1}}
+        if params.min_tokens and params.structured_outputs is None:
+            forbidden["stop_token_ids"] = set(params.stop_token_ids or ())
+            forbidden["the end of sequence"] = set(() if params.ignore_eos else self._eos_token_ids)
+        for name, tokens in forbidden.items():
+            if left and not (left := left - tokens):
+                before = f" before min_tokens={params.min_tokens}" if name != "bad_words" else ""
+                raise ValueError(
+                    f"allowed_token_ids={list(params.allowed_token_ids or ())} allows nothing that {name} does not "
+                    f"forbid{before}: allow another token"
+                )
 
     def _check_ids(self, params: SamplingParams) -> None:
         names = (

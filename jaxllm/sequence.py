@@ -49,6 +49,7 @@ class Sequence:
         self.logprobs: list[dict[int, Logprob]] | None = [] if wants_dicts else None
         self._token_logprobs: list[float] = []
         self._shown_text = self._shown_tokens = 0  # characters and tokens that an output has held
+        self.has_told_its_end = False  # an output has held the finish_reason
 
     @property
     def watches(self) -> bool:
@@ -162,6 +163,7 @@ class Sequence:
             text = text[: max(len(text) - hidden, 0)]
         characters, tokens = (self._shown_text, self._shown_tokens) if delta else (0, 0)
         self._shown_text, self._shown_tokens = len(text), len(request.output_token_ids)
+        self.has_told_its_end = finished
         return CompletionOutput(
             index=self.index,
             text=text[characters:],

@@ -161,7 +161,10 @@ def takes_prompt(processor: Callable[..., Any]) -> bool:
 
 
 def run_processors(request: Request, logits: np.ndarray) -> np.ndarray:
-    """f32[V] logits after the request's logits processors. Raises what they raise, and ValueError for a wrong shape."""
+    """f32[V] logits after the request's logits processors.
+
+    Raises: what they raise; ValueError for a wrong shape, or if none of the logits is above -inf.
+    """
     shape = logits.shape
     for processor in request.sampling.logits_processors:
         tokens = list(request.output_token_ids)
@@ -169,4 +172,6 @@ def run_processors(request: Request, logits: np.ndarray) -> np.ndarray:
         logits = np.array(processor(*arguments, logits), np.float32)
         if logits.shape != shape:
             raise ValueError(f"logits_processors: {processor!r} returned shape {logits.shape} for logits {shape}")
+    if not np.any(logits > -np.inf):
+        raise ValueError("logits_processors left no token that may follow")
     return logits

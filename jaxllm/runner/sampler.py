@@ -256,7 +256,8 @@ def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     A row's largest logit is 0.
     """
     weights = jnp.exp(logits)
-    kept = _among_largest(weights, top_p * jnp.sum(weights, axis=-1), weigh=lambda one: one)
+    target = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny) * jnp.sum(weights, axis=-1)  # so that one is kept
+    kept = _among_largest(weights, target, weigh=lambda one: one)
     return jnp.where(kept | (top_p >= 1)[:, None], logits, -jnp.inf)
 
 

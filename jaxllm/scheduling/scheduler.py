@@ -70,6 +70,11 @@ class SchedulerConfig:
                 f"without chunked prefill, max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_model_len ({self.max_model_len})"
             )
+        if not self.enable_chunked_prefill and self.long_prefill_token_threshold:
+            raise ValueError(
+                f"long_prefill_token_threshold={self.long_prefill_token_threshold} cuts prompts into chunks: without "
+                f"chunked prefill it must be 0"
+            )
 
 
 class Scheduler:
@@ -105,7 +110,7 @@ class Scheduler:
             raise ValueError(f"request id {request.id!r} is already in use")
         self.check_fits(request.prompt_len, request.max_new_tokens)
         request.index = self._added
-        request.rank = self.policy.key(request)
+        request.rank = self.policy.key(request)  # a policy's own code, which may raise: before anything is changed
         self.waiting.add(request)
         self._added += 1
         self.requests[request.id] = request
@@ -451,7 +456,7 @@ class Scheduler:
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | None = None, now: float = 0.0) -> None:
         """Ends an unfinished request from outside, for example because its text met a stop string."""
-        if request.state is not State.FINISHED:
+        if self.requests.get(request.id) is request:
             self._finish(request, reason, stop_reason, now)
 
     def _finish(self, request: Request, reason: FinishReason, stop_reason: int | None, now: float) -> None:

@@ -119,14 +119,22 @@ def test_a_bad_request_fails_alone(llm):
             collect(llm, [99999], greedy(), "bad"),
             collect(llm, PROMPTS[1], greedy(), "good"),  # its id is in use
             collect(llm, PROMPTS[2], greedy(logits_processors=[broken]), "broken"),
+            collect(llm, PROMPTS[0], greedy(), ["a", "b"]),
+            collect(llm, PROMPTS[0], greedy(), None),
             return_exceptions=True,
         )
 
-    good, bad, twice, broken_outputs = asyncio.run(main())
+    good, bad, twice, broken_outputs, *ids = asyncio.run(main())
     assert good[-1].outputs[0].token_ids == continuation(PROMPTS[0], 12)
     assert isinstance(bad, ValueError) and "99999" in str(bad)
     assert isinstance(twice, ValueError) and "already in use" in str(twice)
     assert broken_outputs[-1].outputs[0].finish_reason == "error"
+    assert all(isinstance(error, TypeError) and "request_id must be text" in str(error) for error in ids)
+
+
+def test_a_failure_in_what_is_handed_over_leaves_the_thread(llm):
+    llm._worker.post(lambda: [].pop())
+    assert asyncio.run(collect(llm, PROMPTS[0], greedy(), "after"))[-1].finished
 
 
 def test_abort_ends_with_one_more_output(llm):

@@ -30,6 +30,13 @@ def test_bad_values(field, bad):
         EngineConfig(**{field: bad})
 
 
+def test_a_limit_of_chunks_without_chunks():
+    with pytest.raises(
+        ValueError, match="long_prefill_token_threshold must be 0 with enable_chunked_prefill=False, got 9"
+    ):
+        EngineConfig(enable_chunked_prefill=False, long_prefill_token_threshold=9)
+
+
 def test_unknown_field():
     with pytest.raises(TypeError, match="no field 'max_seqs': did you mean 'max_num_seqs'"):
         EngineConfig.create(max_seqs=3)

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from jaxllm import SamplingParams
+from jaxllm.engine import LLMEngine
 from jaxllm.models.testing import continuation
+from jaxllm.sampling_params import RequestOutputKind
+from jaxllm.scheduling import Policy
 from tests.jaxllm.conftest import make_sum_llm
 
 PROMPTS = [[(i * k + 1) % 32 for i in range(length)] for k, length in enumerate([1, 3, 15, 16, 17, 40, 90, 33], 1)]
@@ -37,6 +40,81 @@ def test_chunks_prefixes_and_preemption(ahead):
         assert answers(llm, PROMPTS[6], greedy(40)) == [expected[6]]
     assert llm.llm_engine.scheduler.memory.hit_tokens >= 88
     llm.llm_engine.scheduler.check()
+
+
+@pytest.mark.parametrize("fields", [dict(temperature=1.0, top_k=2**40), dict(temperature=0, min_tokens=2**40)], ids=str)
+def test_numbers_too_large_for_the_device_disturb_nobody(sum_llm, fields):
+    params = [greedy(8), SamplingParams(max_tokens=8 if "top_k" in fields else None, **fields)]
+    good, large = sum_llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    assert good.outputs[0].token_ids == continuation(PROMPTS[0], 8)
+    assert large.outputs[0].finish_reason == "length"
+
+
+def test_an_end_of_sequence_that_the_model_has_no_token_for(sum_llm):
+    engine = LLMEngine(sum_llm.llm_engine.runner, None, (32, 7))
+    assert engine.eos_token_ids == (7,)
+    engine.add_request("a", [3, 4, 5], greedy(4, min_tokens=2))
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+    assert outputs[0].outputs[0].finish_reason == "length"
+
+
+class Deadlines(Policy):
+    def key(self, request):
+        return request.data["deadline"]
+
+
+def test_requests_are_queued_all_or_none(monkeypatch):
+    llm = make_sum_llm(scheduling_policy="priority")
+    engine, params = llm.llm_engine, greedy(4)
+    with pytest.raises(TypeError, match="priority must be an integer, got 'high'"):
+        llm.generate(PROMPTS[:3], params, priority=[0, "high", 1], use_tqdm=False)
+    with pytest.raises(TypeError, match="request_id must be text, got 5"):
+        engine.add_request(5, PROMPTS[0], params)
+    monkeypatch.setattr(engine.scheduler, "policy", Deadlines())
+    late = greedy(4, extra_args={"deadline": 1})
+    with pytest.raises(KeyError):
+        llm.generate(PROMPTS[:2], [late, params], use_tqdm=False)
+    with pytest.raises(KeyError):
+        engine.add_request("n", PROMPTS[0], SamplingParams(n=2, max_tokens=3))
+    assert engine.num_unfinished_requests == engine._num_watched == 0
+    assert not engine.scheduler.has_unfinished and not engine._of_request
+    engine.scheduler.check()
+    assert answers(llm, PROMPTS[0], late) == [continuation(PROMPTS[0], 4)]
+
+
+def test_a_token_that_could_not_be_sampled_is_no_part_of_the_answer(default_llm):
+    def fails(tokens, logits):
+        if len(tokens) == 3:
+            raise ArithmeticError("no")
+        return logits
+
+    for fields in ({}, dict(stop=["zzz"]), dict(logprobs=1)):
+        params = SamplingParams(temperature=0, max_tokens=8, logits_processors=[fails], **fields)
+        (answer,) = default_llm.generate("Once upon a time", params, use_tqdm=False)[0].outputs
+        assert (answer.finish_reason, len(answer.token_ids)) == ("error", 3)
+        assert answer.text == default_llm.get_tokenizer().decode(answer.token_ids)
+        assert answer.logprobs is None or len(answer.logprobs) == 3
+
+
+def test_a_finished_answer_is_told_once(default_llm):
+    params = SamplingParams(n=3, seed=5, max_tokens=12, stop=[" the"], output_kind=RequestOutputKind.DELTA)
+    engine, told = default_llm.llm_engine, []
+    engine.add_request("a", "Once upon a time", params)
+    while engine.has_unfinished_requests():
+        told += [(one.index, one.finish_reason) for output in engine.step() for one in output.outputs]
+    ends = [told.index((index, reason)) for index, reason in set(told) if reason is not None]
+    assert len(ends) == 3
+    for at in ends:
+        assert all(index != told[at][0] for index, _ in told[at + 1 :])
+
+
+@pytest.mark.parametrize("leave", [lambda stream: stream.close(), lambda stream: None])
+def test_a_stream_that_is_never_iterated_leaves_nothing(sum_llm, leave):
+    leave(sum_llm.stream(PROMPTS[:2], greedy(4)))
+    assert sum_llm.llm_engine.num_unfinished_requests == 0 and not sum_llm._inboxes
+    with pytest.raises(ValueError, match="out of range"):
+        sum_llm.stream([99], greedy(4))
 
 
 def test_long_prefix_hits_overflow_what_a_step_carries():

@@ -121,6 +121,19 @@ def test_logits_processors_see_the_tokens_and_change_the_logits(sum_llm):
     assert [len(tokens) for _, tokens in seen] == list(range(30)) and seen[7] == (prompt, reference[:7])
 
 
+def test_processors_that_leave_no_token_end_the_request(sum_llm):
+    params = greedy(6, logits_processors=[lambda tokens, logits: np.full_like(logits, -np.inf)])
+    outputs = sum_llm.generate(PROMPTS[:2], [params, greedy(6)], use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length"]
+
+
+def test_bad_words_and_allowed_tokens_that_leave_nothing(default_llm):
+    (yes,) = default_llm.get_tokenizer().encode(" yes", add_special_tokens=False)
+    params = SamplingParams(allowed_token_ids=[yes], bad_words=["yes"])
+    with pytest.raises(ValueError, match="allows nothing that bad_words does not forbid: allow another token"):
+        default_llm.generate("Once", params, use_tqdm=False)
+
+
 @pytest.mark.parametrize("fails_at", [0, 3, 5])
 def test_a_logits_processor_that_raises_ends_its_request_alone(sum_llm, fails_at, caplog):
     def fails(tokens, logits):
@@ -390,6 +403,10 @@ def test_extra_args_reach_the_policy():
         (dict(logprobs=-1), "logprobs=-1 exceeds the engine's max_logprobs=20"),
         (dict(prompt_logprobs=21), "prompt_logprobs=21 exceeds the engine's max_logprobs=20"),
         (dict(prompt_logprob_token_ids=list(range(21))), "the number of prompt_logprob_token_ids, 21, exceeds"),
+        (
+            dict(allowed_token_ids=[5, 6], stop_token_ids=[6, 5], min_tokens=3),
+            r"allowed_token_ids=\[5, 6\] allows nothing that stop_token_ids does not forbid before min_tokens=3",
+        ),
         (dict(bad_words=["x"]), "bad_words .strings. needs a tokenizer"),
         (dict(thinking_token_budget=5), "thinking_token_budget=5 needs a tokenizer"),
     ],

@@ -93,6 +93,10 @@ def test_bad_values_name_field_value_and_what_is_allowed(field, bad, allowed):
         (dict(use_beam_search=True, best_of=2, temperature=0, top_k=5), "top_k must be 0 with use_beam_search"),
         (dict(use_beam_search=True, best_of=2, temperature=0, early_stopping="soon"), "or \"never\", got 'soon'"),
         (dict(early_stopping=True), "early_stopping must be False without use_beam_search, got True"),
+        (
+            dict(use_beam_search=True, best_of=2, temperature=0, length_penalty=-2000),
+            "length_penalty must be a number from -50 to 50, got -2000",
+        ),
         (dict(length_penalty=0.9), "length_penalty must be 1.0 without use_beam_search, got 0.9"),
         (dict(stop="x", detokenize=False), r"stop=\['x'\] needs detokenize=True"),
         (dict(allowed_token_ids=[]), "allowed_token_ids must not be empty"),

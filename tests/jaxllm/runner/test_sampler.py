@@ -98,6 +98,10 @@ def test_ties_at_the_kth_place_stay():
     assert set(draw(dict(temperature=1.0, top_k=2), 200, logits).tolist()) == {0, 1, 2, 3}
 
 
+def test_the_likeliest_is_kept_however_small_top_p():
+    assert set(draw(dict(temperature=1.0, top_p=1e-300, min_p=1e-300), 50).tolist()) == {int(LOGITS.argmax())}
+
+
 def test_extreme_logits():
     logits = np.array([1e30, -1e30, 0, -np.inf, 1e30, *[-5.0] * 7], np.float32)
     assert set(draw(dict(temperature=1.0, top_k=5, top_p=0.9), 200, logits).tolist()) == {0, 4}
