@@ -60,9 +60,8 @@ def classifier(decoder: type) -> type:
             super().__init__(config, dtype)
             initializer = normal(config.initializer_range)
             # "vocab": like a token head it stays in floats when the other layers are quantized.
-            self.score = Linear(
-                config.hidden_size, config.num_labels, axes=("vocab", "embed"), dtype=dtype, initializer=initializer
-            )
+            width = getattr(config, "embedding_size", 0) or config.hidden_size
+            self.score = Linear(width, config.num_labels, axes=("vocab", "embed"), dtype=dtype, initializer=initializer)
 
         def logits(self, hidden: jax.Array) -> jax.Array:
             """float32 [S, V]: zeros, for a step computes some, and a classifier has no use for them."""
@@ -70,7 +69,8 @@ def classifier(decoder: type) -> type:
 
         def classify(self, hidden: jax.Array) -> jax.Array:
             """hidden [S, D] of each sequence's last token -> float32 [S, num_labels], before softmax or sigmoid."""
-            return self.score(hidden, out_dtype=jnp.float32)
+            project = getattr(self, "project_out", None)  # of OPT's narrow embeddings
+            return self.score(hidden if project is None else project(hidden), out_dtype=jnp.float32)
 
     return Classifier
 

@@ -105,7 +105,7 @@ class PackedScheme(Scheme):
 class CompressedTensors:
     """A `Quantization` (see scheme.py)."""
 
-    groups: tuple[tuple[Modules | None, Scheme], ...]  # None: every linear layer
+    groups: tuple[tuple[Modules | None, Scheme], ...]  # the first that fits counts; None: every linear layer
     kept: Modules
 
     method = "compressed-tensors"
@@ -125,21 +125,25 @@ def read(settings: Settings) -> CompressedTensors:
     for key, fixed in (("kv_cache_scheme", "null"), ("transform_config", "null")):
         if settings.values.get(key):
             raise ValueError(f"{settings.where}.{key}={settings.values[key]!r} is not supported; allowed: {fixed}")
-    return CompressedTensors(
-        tuple(_group(groups.section(name), settings) for name in groups.values), Modules(settings.names("ignore"))
-    )
+    read_groups = [_group(groups.section(name), settings) for name in groups.values]
+    # A layer's own name goes before a pattern, and that before the class of all, in whatever order the groups are.
+    ordered = [(targets[kind], scheme) for kind in range(3) for targets, scheme in read_groups if kind in targets]
+    return CompressedTensors(tuple(ordered), Modules(settings.names("ignore")))
 
 
-def _group(group: Settings, settings: Settings) -> tuple[Modules | None, Scheme]:
-    """(targets, scheme) of one of the config_groups."""
+def _group(group: Settings, settings: Settings) -> tuple[dict[int, Modules | None], Scheme]:
+    """One of the config_groups: its targets by kind (0: names, 1: patterns, 2: all linear layers), and its scheme."""
     stored = (group if group.values.get("format") is not None else settings).choice("format", _FORMATS)
     weights = group.section("weights")
     if weights is None:
         raise ValueError(f"{group.where}.weights is missing: a group without quantized weights is not supported")
     inputs = group.values.get("input_activations") or {}
     static = not inputs.get("dynamic", True)
-    targets = group.names("targets")
-    return None if "Linear" in targets else Modules(targets), _scheme(stored, weights, static)
+    by_kind: dict[int, list[str]] = {}
+    for name in group.names("targets"):
+        by_kind.setdefault(2 if name == "Linear" else 1 if name.startswith("re:") else 0, []).append(name)
+    targets = {kind: None if kind == 2 else Modules(names) for kind, names in by_kind.items()}
+    return targets, _scheme(stored, weights, static)
 
 
 def _scheme(stored: str, weights: Settings, static_inputs: bool) -> Scheme:

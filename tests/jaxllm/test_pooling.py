@@ -157,7 +157,7 @@ FAMILIES = {
     "Mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "Qwen2Moe": dict(num_experts=4, **MOE),
     "Qwen3Moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1),
-    "OPT": dict(num_key_value_heads=4, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "OPT": dict(num_key_value_heads=4, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False, dropout=0.0),
     "Glm": dict(partial_rotary_factor=0.5),
     "DeepseekV2": dict(**DEEPSEEK, q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy"),
     "DeepseekV3": dict(**DEEPSEEK, q_lora_rank=16, n_group=2, topk_group=1, scoring_func="sigmoid", head_dim=4),

@@ -82,6 +82,19 @@ def test_groups_of_layers_with_schemes_of_their_own():
     assert found.scheme("model.layers.0.mlp.up_proj").layout.format == "int8"
 
 
+def test_a_layers_name_goes_before_a_pattern_and_that_before_all_layers():
+    int4, int8 = W4A16["config_groups"]["group_0"], W8A8["config_groups"]["group_0"] | {"format": "int-quantized"}
+    config = W4A16 | {
+        "config_groups": {
+            "group_0": int4 | {"targets": ["Linear", "model.layers.1.mlp.up_proj"]},
+            "group_1": int8 | {"targets": [r"re:.*up_proj$"]},
+        }
+    }
+    formats = [read(config).scheme(f"model.layers.{name}").layout.format for name in ("0.mlp.up_proj", "1.mlp.up_proj")]
+    assert formats == ["int8", "int4"]
+    assert read(config).scheme("model.layers.0.mlp.down_proj").layout.format == "int4"
+
+
 def test_what_the_user_wants_and_what_the_checkpoint_has():
     gptq = read(GPTQ)
     assert choose(None, None) is None and choose(gptq, None) is gptq and choose(gptq, "gptq") is gptq
