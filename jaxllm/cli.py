@@ -143,13 +143,17 @@ def run_generate(args: argparse.Namespace) -> int:
     llm = LLM(**(_few_sequences(len(prompts) * (args.n or 1)) | engine_args(args)))
     params = sampling_params(args, _longer(llm.get_default_sampling_params()))
     if args.no_stream or len(prompts) > 1 or params.n > 1:
+        reasons = []
         for output in llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()):
             for answer in output.outputs:
                 print(f"{output.prompt}{answer.text}\n")
-        return 0
-    print(prompts[0], end="", flush=True)
-    _print_stream(llm, prompts[0], params)
-    print()
+                reasons.append(answer.finish_reason)
+    else:
+        print(prompts[0], end="", flush=True)
+        reasons = [_print_stream(llm, prompts[0], params)[1]]
+        print()
+    if failed := reasons.count("error"):
+        raise RuntimeError(f'{failed} of {len(reasons)} answers ended with finish_reason "error"')
     return 0
 
 
@@ -158,11 +162,12 @@ def run_chat(args: argparse.Namespace) -> int:
 
     sampling_params(args, SamplingParams(max_tokens=None))  # a bad value is refused before anything is loaded
     llm = LLM(**(_few_sequences(1) | engine_args(args)))
-    tokenizer = llm.llm_engine.tokenizer
-    if tokenizer is None:
+    if llm.llm_engine.tokenizer is None:
         raise ValueError("chat needs a tokenizer")
     params = sampling_params(args, _longer(llm.get_default_sampling_params()))
     messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    # A template that cannot be read, or does not take such messages, is refused before the first turn.
+    _chat_prompt(llm, [*messages, {"role": "user", "content": "Hello"}])
     print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
     while True:
         try:
@@ -173,8 +178,12 @@ def run_chat(args: argparse.Namespace) -> int:
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
-        answer = _print_stream(llm, prompt, params)
+        try:
+            answer, _ = _print_stream(llm, _chat_prompt(llm, messages), params)
+        except ValueError as error:  # a turn that is too long, say: the conversation goes on without it
+            print(f"jaxllm: error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
         print()
         messages.append({"role": "assistant", "content": answer})
 
@@ -210,17 +219,27 @@ def run_models(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_stream(llm: Any, prompt: str | list[int], params: SamplingParams) -> str:
-    """Prints an answer as it grows; returns it, or as much as there was when Ctrl-C ended it."""
-    printed = ""
+def _chat_prompt(llm: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of the conversation, in the engine's `chat_template`. Raises ValueError if they do not fit it."""
+    tokenizer = llm.llm_engine.tokenizer
+    text = tokenizer.apply_chat_template(messages, chat_template=llm.config.chat_template)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _print_stream(llm: Any, prompt: str | list[int], params: SamplingParams) -> tuple[str, str | None]:
+    """Prints an answer as it grows.
+
+    Returns: the text and its finish_reason; what there was of it and None when Ctrl-C ended it.
+    """
+    printed, reason = "", None
     try:
         for output in llm.stream(prompt, params):
             text = output.outputs[0].text
             print(text[len(printed) :], end="", flush=True)
-            printed = text
+            printed, reason = text, output.outputs[0].finish_reason
     except KeyboardInterrupt:
         print(" [interrupted]", end="")
-    return printed
+    return printed, reason
 
 
 def _few_sequences(count: int) -> dict[str, int]:

@@ -408,7 +408,8 @@ class BeamSearchParams:
       max_tokens: the answers' longest length in new tokens.
       ignore_eos: go on after the end-of-sequence token.
       temperature: the log probabilities that are added up are those of the distribution at it; 0 means 1.
-      length_penalty: an answer's score is its cumulative log probability / (new tokens ** length_penalty).
+      length_penalty: an answer's score is its cumulative log probability / (new tokens ** length_penalty); from -50
+        to 50.
       include_stop_str_in_output: keep the end-of-sequence token's text in the answer's text.
       skip_special_tokens: leave special tokens out of the text.
       structured_outputs, allowed_token_ids: as in SamplingParams.

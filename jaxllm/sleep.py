@@ -33,7 +33,7 @@ class SleepMode:
         self.missing: frozenset[str] = frozenset()
 
     def sleep(self, level: int) -> None:
-        """Frees the device's memory. Level 1 keeps the weights in host memory, level 2 drops them.
+        """Frees what is still on the device. Level 1 keeps the weights in host memory, level 2 drops them.
 
         Raises: ValueError for another level, or for level 2 with weights that cannot be read again.
         """
@@ -43,13 +43,15 @@ class SleepMode:
             raise ValueError(
                 "level=2 drops the weights, and these came from memory, not from a checkpoint: use level=1"
             )
-        if self.missing:
-            return
         runner = self._runner
-        self._shardings = jax.tree.map(lambda x: x.sharding, runner.params)
-        self._kept = jax.device_get(runner.params) if level == 1 else None
-        runner.params = None
-        runner.release()
+        if "weights" not in self.missing:
+            self._shardings = jax.tree.map(lambda x: x.sharding, runner.params)
+            self._kept = jax.device_get(runner.params) if level == 1 else None
+            runner.params = None
+        elif level == 2:
+            self._kept = None
+        if "kv_cache" not in self.missing:
+            runner.release()
         self.missing = TAGS
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -26,6 +27,10 @@ from jaxllm.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _MAX_COMPILED = 256  # grammars that are kept compiled
+# Of llguidance's parser, whose own limits end an answer in its middle. An object of N optional properties has 4 N items
+# in a row, a rule of N alternatives N: its 2000 are few. A step may have 50,000 in all, so that more would not help.
+_MAX_ITEMS_IN_ROW = 50_000
+_MIN_LEXER_STATES = 250_000  # its own limit
 
 
 class GrammarCompiler:
@@ -84,7 +89,7 @@ class GrammarCompiler:
         return made
 
     def _compile(self, grammar: str) -> Any:
-        matcher = _llguidance().LLMatcher(self._vocabulary, grammar, log_level=0)
+        matcher = _llguidance().LLMatcher(self._vocabulary, grammar, log_level=0, limits=_limits(grammar))
         if not matcher.is_error():
             matcher.compute_bitmask()  # finds out whether there is any text, and fills caches that copies share
         if matcher.is_error():
@@ -231,7 +236,7 @@ def grammar_of(params: StructuredOutputsParams) -> str:
         case "regex":
             return matcher.grammar_from_regex(_text(params.regex))
         case "choice":
-            return matcher.grammar_from_lark("start: " + " | ".join(_choices(params.choice)))
+            return matcher.grammar_from_regex(_choices(params.choice))
         case "grammar":
             return matcher.grammar_from_lark(_lark(_text(params.grammar)))
         case _:
@@ -263,11 +268,11 @@ def _text(value: Any) -> str:
     return value
 
 
-def _choices(choices: Any) -> list[str]:
-    """The choices as Lark's quoted strings."""
+def _choices(choices: Any) -> str:
+    """The choices as a regex: a rule with an alternative a choice would have as many items in a row of the parser."""
     if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
         raise TypeError("it must be a list of texts, at least one")
-    return [json.dumps(_text(choice), ensure_ascii=False) for choice in choices]
+    return "|".join(re.escape(_text(choice)) for choice in choices)
 
 
 def _lark(grammar: str) -> str:
@@ -322,6 +327,16 @@ def closed_schema(schema: Any) -> Any:
     if "properties" in closed or "patternProperties" in closed:
         closed.setdefault("additionalProperties", False)
     return closed
+
+
+def _limits(grammar: str) -> Any:
+    """llguidance's limits for a grammar.
+
+    All answers share the lexer's states. Those of literal texts are no more than their bytes, so that the limit grows
+    with these: no number of answers to a long list of choices reaches it.
+    """
+    states = _MIN_LEXER_STATES + len(grammar.encode())
+    return _llguidance().LLParserLimits(max_items_in_row=_MAX_ITEMS_IN_ROW, max_lexer_states=states)
 
 
 def _first_lines(message: str) -> str:

@@ -107,6 +107,47 @@ def test_chat_keeps_the_conversation(run, llm):
     assert "Ctrl-D ends" in err
 
 
+@pytest.mark.parametrize("flags", [["The sea"], ["The sea", "--no-stream"], ["The sea", "--n", "2"], ["A", "B"]])
+def test_generate_fails_when_an_answer_does(run, llm, monkeypatch, flags):
+    def fail(plan):
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.llm_engine.runner, "submit", fail)
+        status, out, err = run("generate", *flags, "--temperature", "0.5", "--max-tokens", "8", *ENGINE)
+    count = 1 if flags[1:] in ([], ["--no-stream"]) else 2
+    assert status == 2 and out.startswith(flags[0])
+    assert err.splitlines()[-1] == f'jaxllm: error: {count} of {count} answers ended with finish_reason "error"'
+    assert answer(llm, "The sea")  # the engine goes on
+
+
+def test_chat_has_the_template_it_is_given(run, llm, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for one in messages %}{{ one.content }}, said the {{ one.role }}. {% endfor %}")
+    status, out, _ = run("chat", "--chat-template", str(file), *GREEDY, *ENGINE, stdin="Where am I?\n")
+    assert (status, out) == (0, f"> {answer(llm, 'Where am I?, said the user. ')}\n> \n")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("/no/such/file", "chat_template='/no/such/file' is neither a Jinja template, nor a file"),
+        ("{% for %}", "messages do not fit the chat template"),
+    ],
+)
+def test_chat_refuses_a_bad_template_before_the_first_turn(run, template, message):
+    status, out, err = run("chat", "--chat-template", template, *GREEDY, *ENGINE, stdin="Where am I?\n")
+    assert (status, out) == (2, "") and message in err.splitlines()[-1]
+
+
+def test_chat_goes_on_after_a_turn_that_is_too_long(run, llm):
+    questions = ("Where have you been?", "word " * 300, "And then?")
+    status, out, err = run("chat", *GREEDY, *ENGINE, stdin="".join(f"{one}\n" for one in questions))
+    expected = run("chat", *GREEDY, *ENGINE, stdin=f"{questions[0]}\n{questions[2]}\n")[1]
+    assert status == 0 and out.replace("> > ", "> ") == expected
+    assert "max_model_len is 256" in err.splitlines()[-1]
+
+
 def test_chat_through_a_pipe(llm):
     command = [sys.executable, "-m", "jaxllm", "chat", *GREEDY, *ENGINE]
     done = subprocess.run(command, input="Who are you?\n", capture_output=True, text=True, timeout=120)

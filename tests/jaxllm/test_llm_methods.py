@@ -150,6 +150,32 @@ def test_sleeping_frees_the_device_and_waking_restores_it(llm, level):
     llm.llm_engine.scheduler.check()
 
 
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("awake", ["weights", "kv_cache"])
+def test_sleeping_while_partly_awake_frees_the_rest(llm, awake, level):
+    before, runner = answer(llm), llm.llm_engine.runner
+    llm.sleep()
+    llm.wake_up([awake])
+    llm.sleep(level)
+    assert runner.params is None and runner._kv is None and runner._host_sampling.tables is None
+    llm.wake_up([awake])
+    with pytest.raises(RuntimeError, match="without its"):
+        answer(llm)
+    llm.wake_up()
+    assert answer(llm) == before
+
+
+def test_level_2_after_level_1_drops_what_the_host_keeps(llm):
+    before, mode = answer(llm), llm.llm_engine._sleep_mode
+    llm.sleep(1)
+    assert mode._kept is not None
+    llm.sleep(2)
+    assert mode._kept is None
+    llm.sleep(1)  # is too late to keep them
+    llm.wake_up()
+    assert answer(llm) == before
+
+
 def test_sleep_refuses_what_it_cannot_do(llm):
     with pytest.raises(ValueError, match="level must be 1 or 2, got 3"):
         llm.sleep(3)

@@ -103,6 +103,62 @@ def test_choice(default_llm):
         assert (answer.text, answer.finish_reason) == (choice, "stop")
 
 
+ODD_CHOICES = ["", "\x7f", "a\x7fb", "\0", "a.c", "(?i)a", "[^a]$", "a|b", "a&~b", "# -<%/>", "\r\n\t\v", "'\"", "é😀"]
+
+
+def test_any_text_can_be_a_choice(compiler):
+    vocabulary = compiler._vocabulary
+    matcher = compiler.matcher(StructuredOutputsParams(choice=ODD_CHOICES))
+    for choice in ODD_CHOICES:
+        for one in (matcher, compiler.matcher(StructuredOutputsParams(choice=[choice]))):
+            copy = one.deep_copy()
+            assert copy.consume_tokens(vocabulary.tokenize_str(choice)) and copy.is_accepting(), repr(choice)
+    for text in ("abc", "A", "b", "[", "a", "a\n"):
+        copy = matcher.deep_copy()
+        assert not (copy.consume_tokens(vocabulary.tokenize_str(text)) and copy.is_accepting()), text
+
+
+def walk(constraint, tokens) -> set[int]:
+    """What may follow the tokens, each of which must be allowed."""
+    for count, token in enumerate(tokens):
+        assert token in bits(constraint.mask(tokens[:count]))
+    return bits(constraint.mask(tokens))
+
+
+def test_5000_choices(default_llm, compiler):
+    choices = [f"the {i % 7} item (number {i})*" for i in range(4999)] + ["the"]
+    got = answers(default_llm, n=8, temperature=2.0, structured_outputs=dict(choice=choices))
+    assert {answer.finish_reason for answer in got} == {"stop"} and {answer.text for answer in got} <= set(choices)
+    tokenizer, ends = default_llm.llm_engine.tokenizer, set(default_llm.llm_engine.eos_token_ids)
+    for choice in [*choices[::500], "the"]:
+        tokens = tokenizer.encode(choice, add_special_tokens=False)
+        following = walk(compiler.constraint(StructuredOutputsParams(choice=choices), 0, ends), tokens)
+        assert ends <= following if choice == "the" else following == ends
+
+
+@pytest.mark.slow
+def test_answers_to_long_choices_do_not_use_up_the_parser(compiler):
+    random = np.random.default_rng(0)
+    choices = ["".join(letters) for letters in random.choice(list("abcdefgh "), (2500, 150))]
+    matcher = compiler.matcher(StructuredOutputsParams(choice=choices))
+    for choice in choices:
+        copy = matcher.deep_copy()
+        for token in compiler._vocabulary.tokenize_str(choice):
+            copy.compute_bitmask()
+            assert copy.consume_token(token), copy.get_error()
+
+
+def test_a_thousand_optional_properties(default_llm, compiler):
+    schema = {
+        "type": "object",
+        "properties": {f"p{i}": {"type": "integer"} for i in range(1000)},
+        "additionalProperties": False,
+    }
+    text, ends = '{"p3": 1, "p998": -7}', set(default_llm.llm_engine.eos_token_ids)
+    tokens = default_llm.llm_engine.tokenizer.encode(text, add_special_tokens=False)
+    assert walk(compiler.constraint(StructuredOutputsParams(json=schema), 0, ends), tokens) == ends
+
+
 @pytest.mark.parametrize(
     "grammar",
     [
