@@ -53,7 +53,8 @@ class LLM:
       **engine_args: any field of EngineConfig.
 
     Raises: TypeError for an unknown field, with the nearest known one; ValueError for a bad value, an unsupported
-      architecture, missing or wrong weights, or no tokenizer.
+      architecture, missing or wrong weights, or no tokenizer; FileNotFoundError for a model that is not there;
+      RuntimeError if the KV pages do not fit the device.
     """
 
     def __init__(self, model: Any = None, tokenizer: Any = None, *, params: Any = None, **engine_args: Any) -> None:

@@ -30,8 +30,9 @@ class CompletionOutput:
       index: which of the request's n answers.
       text: the answer so far, never ending in half a character.
       token_ids: its tokens, a stop token included.
-      cumulative_logprob: the sum over its tokens; None if no log probabilities were asked for.
-      logprobs: per token, {token id: Logprob}; None likewise.
+      cumulative_logprob: the sum over its tokens; None if nothing needed log probabilities: neither `logprobs` or
+        `logprob_token_ids`, nor best_of above n, nor a beam search.
+      logprobs: per token, {token id: Logprob}; None if not asked for.
       finish_reason: "stop", "length", "abort", "error" or "repetition"; None while unfinished.
       stop_reason: the stop string or stop token id that ended it, or "repetition_detected"; None for the
         end-of-sequence token or no stop.
@@ -105,7 +106,7 @@ class RequestOutput:
       metrics: when what happened.
       prompt_logprobs: per prompt token, {token id: Logprob}, None for the first; None if not asked for.
       prompt_token_id_logprobs: f32[rows, K] NumPy array: the log probabilities of `prompt_logprob_token_ids` after each
-        prompt position; NaN where they are not computed yet; None if not asked for.
+        prompt position but the last; NaN where they are not computed yet; None if not asked for.
       num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
     """
 
@@ -152,7 +153,8 @@ class ScoringOutput:
 
 @dataclass
 class PoolingOutput:
-    """A prompt's vector: data is f32[D], a NumPy array."""
+    """What was made of a prompt: data is a NumPy array, f32[D] of an embedding, f32[num_labels] of classes, f32[T, D]
+    of each token's embedding; None if the request was aborted or failed."""
 
     data: Any
 

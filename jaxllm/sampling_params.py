@@ -192,7 +192,7 @@ class SamplingParams:
       logprob_token_ids: return the log probabilities of these tokens instead of the top ones.
       prompt_logprobs: the same as `logprobs`, for the prompt's tokens.
       prompt_logprob_token_ids, prompt_logprob_start: return `RequestOutput.prompt_token_id_logprobs`, the log
-        probabilities of these tokens after each prompt token from this position on.
+        probabilities of these tokens after each prompt token from this position on, but the last.
       detokenize: turn the answer into text.
       skip_special_tokens: leave special tokens out of the text.
       spaces_between_special_tokens: as the tokenizer has it; False: none between special tokens in a row.

@@ -98,8 +98,9 @@ def document() -> str:
     lines = [
         "# Compatibility with vLLM",
         "",
-        "What becomes of vLLM's names, those of today (0.33) and of 0.4. Nothing is ignored: what is not honoured is",
-        "refused by name, and so is every name that is not in these tables.",
+        "What becomes of vLLM's names, those of today (0.33) and of 0.4. What is not honoured is refused by name,",
+        "but for what is marked as accepted without effect, which has nothing to act on here; and so is every name",
+        "that is not in these tables.",
         "This file is made by `scripts/make_compatibility.py` from the code.",
         *table("SamplingParams", [(name, sampling_state(name)) for name in SAMPLING_FIELDS]),
         *table("LLM(...), EngineArgs, EngineConfig", [(name, engine_state(name)) for name in ENGINE_ARGUMENTS]),

@@ -41,8 +41,8 @@ LOOP_STEPS = {"cpu": 1, "gpu": 8}
 # GPU reads in 2.5 ms, while for 32 layers' kernels, one by one, the host needs 4 to 6.
 LOOP_WEIGHT_BYTES = 4 * 10**9, 10**10
 # Each is all decode shapes once more, which take long to compile. A row draws the same token at any level that has its
-# bits, so rows that only draw do without a level of their own, at the price of the filters' passes over the logits: 0.2
-# ms a step for one row of 64,798 logits on an H200, and 3.7 for 1,024 rows, which step without loops.
+# bits, so rows that only draw do without a level of their own, at the price of the filters' passes over the logits: 0.1
+# ms a step for one row of 64,798 logits on an H200; many rows, for which they are more, step without loops.
 LOOP_LEVELS = (Level.GREEDY, Level.FILTER)
 # On a CPU compiling is slow, and a padded token cheap compared with it. A GPU reads the weights as long as it computes
 # with 16 rows, or with 128 tokens of a step that is not of the shortest. From 256 tokens on it computes for longer than
