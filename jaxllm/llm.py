@@ -32,7 +32,7 @@ from jaxllm.outputs import (
 )
 from jaxllm.pooling import TASKS, PoolingParams
 from jaxllm.progress import Progress, ProgressBar
-from jaxllm.prompts import Message, as_conversations, as_prompts, refuse, with_token_ids
+from jaxllm.prompts import Message, as_conversations, as_prompts, checked_template_options, refuse, with_token_ids
 from jaxllm.sampling_params import BeamSearchParams, SamplingParams
 from jaxllm.sleep import check_sleep_mode
 from jaxllm.validation import missing_attribute
@@ -212,12 +212,13 @@ class LLM:
         tokenizer, template = self.llm_engine.tokenizer, chat_template or self.config.chat_template
         if tokenizer is None:
             raise ValueError("messages need a chat template, and the engine has no tokenizer (skip_tokenizer_init)")
-        texts = [
-            tokenizer.apply_chat_template(
-                one, tools, template, add_generation_prompt, continue_final_message, **(chat_template_kwargs or {})
-            )
-            for one in as_conversations(messages)
-        ]
+        options = {
+            "tools": tools,
+            "chat_template": template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        } | checked_template_options(chat_template_kwargs)
+        texts = [tokenizer.apply_chat_template(one, **options) for one in as_conversations(messages)]
         encoded = tokenizer.encode_all(texts, add_special_tokens=False)  # the template has written them
         return [{"prompt": text, "prompt_token_ids": ids} for text, ids in zip(texts, encoded, strict=True)]
 

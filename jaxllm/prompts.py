@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
@@ -72,6 +73,18 @@ def as_conversations(messages: Any) -> list[list[Message]]:
     return [[_as_text(message) for message in _checked(one)] for one in conversations]
 
 
+_OF_THE_TOKENIZER = {"conversation", "messages", "tokenize", "return_tensors", "return_dict", "tokenizer_kwargs"}
+
+
+def checked_template_options(options: Any) -> dict[str, Any]:
+    """`chat_template_kwargs`, which go before a call's own arguments. Raises TypeError and ValueError naming them."""
+    if not isinstance(options, Mapping | None):
+        raise TypeError(f"chat_template_kwargs must be a dict of variables for the template, got {options!r:.100}")
+    for name in (options or {}).keys() & _OF_THE_TOKENIZER:
+        raise ValueError(f"chat_template_kwargs must not hold {name!r}: it is no variable of a template")
+    return dict(options or {})
+
+
 def _checked(conversation: Any) -> list[Mapping[str, Any]]:
     if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
         raise TypeError(f"messages: a conversation must be a non-empty list of messages, got {conversation!r:.100}")
@@ -82,12 +95,33 @@ def _checked(conversation: Any) -> list[Mapping[str, Any]]:
 
 
 def _as_text(message: Mapping[str, Any]) -> Message:
-    content = message.get("content")
+    message, content = _with_arguments(message), message.get("content")
     if content is None or isinstance(content, str):
-        return dict(message)
+        return message
     if not isinstance(content, Sequence):
         raise TypeError(f"messages: content must be text or a list of parts, got {content!r:.100}")
     return {**message, "content": "\n".join(_text_of(part) for part in content)}
+
+
+def _with_arguments(message: Mapping[str, Any]) -> Message:
+    """The arguments of tool calls, JSON in OpenAI's messages, as the dicts that templates write themselves."""
+    calls = message.get("tool_calls")
+    others = {name: value for name, value in message.items() if name != "tool_calls"}
+    return others | {"tool_calls": [_with_dict(call) for call in calls]} if calls else others
+
+
+def _with_dict(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments) if arguments else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"messages: tool_calls[...].function.arguments must be JSON, got {arguments!r:.100}: {error}"
+        ) from error
+    return {**call, "function": {**function, "arguments": parsed}}
 
 
 def _text_of(part: Any) -> str:

@@ -262,6 +262,7 @@ class SamplingParams:
             self._check_beam_search()
         else:
             self._check_no_beam_search()
+        self._check_prefix_cache()
 
     @classmethod
     def of(cls, params: SamplingParams | dict[str, Any] | None) -> SamplingParams:
@@ -388,6 +389,14 @@ class SamplingParams:
         _check_length_penalty(self.length_penalty)
         if self.output_kind is RequestOutputKind.DELTA:
             raise ValueError("output_kind must not be DELTA with use_beam_search: beams replace one another")
+
+    def _check_prefix_cache(self) -> None:
+        scored = [name for name in ("prompt_logprobs", "prompt_logprob_token_ids") if getattr(self, name) is not None]
+        if scored and self.skip_reading_prefix_cache is False:
+            raise ValueError(
+                f"skip_reading_prefix_cache must be None or True with {scored[0]}, got False: cached tokens have no "
+                f"logits"
+            )
 
     def _check_no_beam_search(self) -> None:
         if self.early_stopping is not False:

@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -73,8 +74,11 @@ class GrammarCompiler:
         kind = params.kind
         try:
             return self._compiled(grammar_of(params)).deep_copy()
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"structured_outputs.{kind}={getattr(params, kind)!r:.200}: {error}") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            where = f"structured_outputs.{kind}={reprlib.repr(getattr(params, kind))}"
+            if params.whitespace_pattern is not None:
+                where += f" with whitespace_pattern={params.whitespace_pattern!r:.100}"
+            raise ValueError(f"{where}: {error}") from error
 
     @functools.cached_property
     def _vocabulary(self) -> Any:

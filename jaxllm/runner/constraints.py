@@ -161,10 +161,7 @@ def takes_prompt(processor: Callable[..., Any]) -> bool:
 
 
 def run_processors(request: Request, logits: np.ndarray) -> np.ndarray:
-    """f32[V] logits after the request's logits processors.
-
-    Raises: what they raise; ValueError for a wrong shape, or if none of the logits is above -inf.
-    """
+    """f32[V] logits after the request's logits processors. Raises what they raise, and ValueError for a wrong shape."""
     shape = logits.shape
     for processor in request.sampling.logits_processors:
         tokens = list(request.output_token_ids)
@@ -172,6 +169,22 @@ def run_processors(request: Request, logits: np.ndarray) -> np.ndarray:
         logits = np.array(processor(*arguments, logits), np.float32)
         if logits.shape != shape:
             raise ValueError(f"logits_processors: {processor!r} returned shape {logits.shape} for logits {shape}")
-    if not np.any(logits > -np.inf):
-        raise ValueError("logits_processors left no token that may follow")
     return logits
+
+
+def check_something_is_left(request: Request, logits: np.ndarray, mask: np.ndarray | None) -> None:
+    """Raises ValueError if the masks allow no token whose logit, of f32[V], is above -inf: the constraints' (i32[V/32],
+    None: all) and those that the device applies. A beam that nothing may follow ends without a word."""
+    spec, size = request.sampling, len(logits)
+    if spec.processed_logprobs:
+        return
+    left = logits > -np.inf
+    if mask is not None:
+        left &= np.unpackbits(mask.view(np.uint8), bitorder="little")[:size].astype(bool)
+    if spec.allowed_ids is not None:
+        left &= np.isin(np.arange(size), spec.allowed_ids)
+    left[list(spec.banned_ids)] = False
+    if len(request.output_token_ids) < spec.min_tokens:
+        left[list(spec.masked_ids)] = False
+    if not left.any():
+        raise ValueError("the request's logits_processors and masks leave no token that may follow")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.runner.constraints import combined_mask, run_processors
+from jaxllm.runner.constraints import check_something_is_left, combined_mask, run_processors
 from jaxllm.runner.controls import abstract_tables, neutral_row, num_words, own_columns, write_row
 from jaxllm.scheduling import StepPlan
 from jaxllm.scheduling.request import Request
@@ -80,7 +80,7 @@ class HostSampling:
                 if isinstance(mask, Exception):
                     raise mask
                 if request.sampling.logits_processors:
-                    logits = self._process(request, row, logits)
+                    logits = self._process(request, row, logits, mask)
             except Exception:
                 logger.exception("sampling for request %s failed on the host; the request ends", request.id)
                 failed.append(request)
@@ -115,10 +115,11 @@ class HostSampling:
             self._everything[num_rows] = jax.device_put(words)
         return self._everything[num_rows]
 
-    def _process(self, request: Request, row: int, logits: jax.Array) -> jax.Array:
-        """The logits with this row as the request's logits processors leave it."""
+    def _process(self, request: Request, row: int, logits: jax.Array, mask: np.ndarray | None) -> jax.Array:
+        """The logits with this row as the request's logits processors leave it; `mask` is its constraints'."""
         taken = self._programs(ControlProgram("take logits", len(logits)))(logits, np.int32(row))
         values = run_processors(request, np.array(taken))
+        check_something_is_left(request, values, mask)
         return self._programs(ControlProgram("put logits", len(logits)))(logits, np.int32(row), values)
 
     def programs(self, row_counts: list[int]) -> list[ControlProgram]:

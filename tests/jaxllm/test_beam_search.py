@@ -281,7 +281,7 @@ def test_beam_search_method(llm):
         (dict(beam_width=0), "beam_width must be an integer of at least 1, got 0"),
         (dict(max_tokens=0), "max_tokens must be an integer of at least 1, got 0"),
         (dict(temperature=3.0), "temperature must be in"),
-        (dict(length_penalty=math.inf), "length_penalty must be a finite number"),
+        (dict(length_penalty=math.inf), "length_penalty must be a number from -50 to 50"),
         (dict(watermarking={}), "watermarking must be None"),
     ],
 )

@@ -47,6 +47,12 @@ def test_options_reach_the_template(default_llm):
     template = "{{ tools[0].function.name }} {{ mood }}"
     (output,) = chat(default_llm, CONVERSATION, chat_template=template, tools=tools, chat_template_kwargs={"mood": "x"})
     assert output.prompt == "clock x"
+    (output,) = chat(default_llm, CONVERSATION, chat_template_kwargs={"add_generation_prompt": False})
+    assert output.prompt == "<system>Be brief.<user>Who are you?"
+    with pytest.raises(ValueError, match="chat_template_kwargs must not hold 'tokenize'"):
+        chat(default_llm, CONVERSATION, chat_template_kwargs={"tokenize": True})
+    with pytest.raises(TypeError, match="chat_template_kwargs must be a dict of variables for the template, got 'x'"):
+        chat(default_llm, CONVERSATION, chat_template_kwargs="x")
 
 
 def test_many_conversations_and_parts(default_llm):

@@ -45,8 +45,20 @@ def test_conversations_have_text():
         [HELLO],
         [HELLO, {"role": "user", "content": "Hello\nthere"}],
     ]
-    call = {"role": "assistant", "content": None, "tool_calls": []}
-    assert as_conversations([call]) == [[call]]
+
+
+def test_arguments_of_tool_calls_are_dicts_for_the_template():
+    """OpenAI's messages have them as JSON; templates write what they get as JSON."""
+
+    def message(*arguments):
+        calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": one}} for one in arguments]
+        return {"role": "assistant", "content": None, "tool_calls": calls}
+
+    for given, expected in (('{"a": [1]}', {"a": [1]}), ("", {}), ({"b": 2}, {"b": 2})):
+        assert as_conversations([message(given)]) == [[message(expected)]]
+    assert as_conversations([message()]) == [[{"role": "assistant", "content": None}]]
+    with pytest.raises(ValueError, match=r"tool_calls\[...\].function.arguments must be JSON, got '\{'"):
+        as_conversations([message("{")])
 
 
 @pytest.mark.parametrize(

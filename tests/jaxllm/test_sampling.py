@@ -134,6 +134,25 @@ def test_bad_words_and_allowed_tokens_that_leave_nothing(default_llm):
         default_llm.generate("Once", params, use_tqdm=False)
 
 
+LEAVE_NOTHING = {
+    "allowed": dict(allowed_token_ids=[5]),
+    "ends before min_tokens": dict(min_tokens=3, stop_token_ids=[7]),
+    "several": dict(allowed_token_ids=[5, 7], min_tokens=3, stop_token_ids=[7]),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("fields", LEAVE_NOTHING.values(), ids=LEAVE_NOTHING)
+def test_a_processor_and_masks_that_leave_nothing_end_the_request(sum_llm, fields, temperature):
+    def seven(tokens, logits):
+        return np.where(np.arange(len(logits)) == 7, logits, -np.inf)
+
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=6, logits_processors=[seven], **fields)
+    stuck, other = sum_llm.generate(PROMPTS[:2], [params, greedy(6)], use_tqdm=False)
+    assert (stuck.outputs[0].finish_reason, stuck.outputs[0].token_ids) == ("error", [])
+    assert other.outputs[0].token_ids == continuation(PROMPTS[1], 6)
+
+
 @pytest.mark.parametrize("fails_at", [0, 3, 5])
 def test_a_logits_processor_that_raises_ends_its_request_alone(sum_llm, fails_at, caplog):
     def fails(tokens, logits):

@@ -97,6 +97,10 @@ def test_bad_values_name_field_value_and_what_is_allowed(field, bad, allowed):
             dict(use_beam_search=True, best_of=2, temperature=0, length_penalty=-2000),
             "length_penalty must be a number from -50 to 50, got -2000",
         ),
+        (
+            dict(prompt_logprobs=1, skip_reading_prefix_cache=False),
+            "skip_reading_prefix_cache must be None or True with prompt_logprobs, got False",
+        ),
         (dict(length_penalty=0.9), "length_penalty must be 1.0 without use_beam_search, got 0.9"),
         (dict(stop="x", detokenize=False), r"stop=\['x'\] needs detokenize=True"),
         (dict(allowed_token_ids=[]), "allowed_token_ids must not be empty"),
@@ -178,7 +182,7 @@ def test_replacing_a_field_keeps_the_others():
 
 def test_skipping_the_prefix_cache():
     assert not SamplingParams().skips_prefix_cache and SamplingParams(prompt_logprobs=0).skips_prefix_cache
-    assert not SamplingParams(prompt_logprobs=0, skip_reading_prefix_cache=False).skips_prefix_cache
+    assert SamplingParams(prompt_logprobs=0, skip_reading_prefix_cache=True).skips_prefix_cache
 
 
 def test_of():
