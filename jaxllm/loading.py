@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig, resolve
 from jaxllm.engine import LLMEngine
-from jaxllm.pooling import PoolerConfig
+from jaxllm.pooling import PoolerConfig, problem_type_of
 from jaxllm.scheduling import make_policy
 from jaxllm.tokenizer import Tokenizer
 
@@ -96,6 +96,7 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     pooler = PoolerConfig.of_checkpoint(checkpoint.folder)
     if config.pooler_config is not None:
         pooler = PoolerConfig.of(config.pooler_config)
+    problem_type = problem_type_of(checkpoint.config) if model_config.num_labels else None
 
     def load() -> Any:
         return _load_params(config, network, checkpoint, params, adapter)
@@ -107,7 +108,6 @@ def build_engine(config: EngineConfig, params: Any = None) -> LLMEngine:
     defaults = sampling_defaults(checkpoint.generation if config.generation_config == "auto" else overrides)
     reload = load if params is None else None
     del weights  # or sleep mode could not free them
-    problem_type = checkpoint.config.get("problem_type")
     eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
     engine = LLMEngine(runner, tokenizer, eos_token_ids, defaults, reload, pooler, problem_type)
     logger.info(

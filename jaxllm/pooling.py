@@ -16,6 +16,13 @@ from jaxllm.validation import check_known
 
 TASKS = ("embed", "classify", "token_embed")
 _POOLINGS: dict[str, Pooling] = {"MEAN": "mean", "LAST": "last", "CLS": "cls"}
+_MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
+# What the class of an activation does -> the problem_type of transformers that asks for the same.
+_ACTIVATIONS = {
+    "Identity": "regression",
+    "Sigmoid": "multi_label_classification",
+    "Softmax": "single_label_classification",
+}
 
 
 @dataclass(kw_only=True)
@@ -87,23 +94,78 @@ class PoolerConfig:
 
     @classmethod
     def of_checkpoint(cls, folder: Path | None) -> PoolerConfig:
-        """What a sentence-transformers checkpoint says in modules.json; the defaults for others."""
+        """What a sentence-transformers checkpoint says in modules.json; the defaults for others.
+
+        Raises: ValueError naming the path, for a file that is missing or broken, or a module that is not supported.
+        """
         if folder is None or not (folder / "modules.json").exists():
             return cls()
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        kinds = {str(module["type"]).rsplit(".", 1)[-1]: module for module in modules}
-        pooling: Pooling = "last"
-        if "Pooling" in kinds:
-            settings = json.loads((folder / kinds["Pooling"]["path"] / "config.json").read_text(encoding="utf-8"))
-            modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-            modes["pooling_mode_lasttoken"] = "last"
-            on = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
-            if len(on) != 1 or on[0] not in modes:
-                raise ValueError(
-                    f"{folder}: of the pooling modes exactly one of {', '.join(modes)} can be on, got {on}"
-                )
-            pooling = modes[on[0]]
+        kinds = _read_modules(folder / "modules.json")
+        pooling = _read_pooling(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else "last"
         return cls(pooling, "Normalize" in kinds)
+
+
+def _read_modules(path: Path) -> dict[str, str]:
+    """The folder of each kind of module in modules.json."""
+    modules = _read_json(path)
+    if not isinstance(modules, list):
+        raise ValueError(f"{path} must hold a list of objects, got {str(modules)[:100]}")
+    kinds: dict[str, str] = {}
+    for module in modules:
+        kind, place = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
+        if not isinstance(kind, str) or not isinstance(place, str):
+            raise ValueError(
+                f"{path} must hold a list of objects with the strings 'type' and 'path', one is {str(module)[:100]}"
+            )
+        name = kind.rsplit(".", 1)[-1]
+        if name not in _MODULES:
+            raise ValueError(
+                f"{path}: module {place!r} of type {kind!r} is not supported; allowed: {', '.join(_MODULES)}"
+            )
+        kinds[name] = place
+    return kinds
+
+
+def _read_pooling(path: Path) -> Pooling:
+    """What the config.json of a Pooling module says."""
+    settings = _read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {str(settings)[:100]}")
+    modes: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    modes["pooling_mode_lasttoken"] = "last"
+    on = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
+    if len(on) != 1 or on[0] not in modes:
+        raise ValueError(f"{path}: of the pooling modes exactly one of {', '.join(modes)} can be on, got {on}")
+    return modes[on[0]]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of JSON or of its encoding
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def problem_type_of(config: Mapping[str, Any]) -> str | None:
+    """What decides a classifier's probabilities, of the dict of its config.json.
+
+    The activation that a reranker of sentence-transformers names, as the problem_type of the same effect; else its own
+    problem_type. Softmax of a single label, which would always be 1, is a sigmoid as everywhere.
+
+    Raises: ValueError naming the field, for an activation that is not supported.
+    """
+    field, name = "sbert_ce_default_activation_function", config.get("sbert_ce_default_activation_function")
+    settings = config.get("sentence_transformers")
+    if isinstance(settings, Mapping) and settings.get("activation_fn") is not None:
+        field, name = "sentence_transformers.activation_fn", settings["activation_fn"]
+    if name is None:
+        return config.get("problem_type")
+    kind = str(name).rsplit(".", 1)[-1]
+    if kind not in _ACTIVATIONS:
+        raise ValueError(f"config.json: {field}={name!r} is not supported; allowed: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[kind]
 
 
 class PooledVector:

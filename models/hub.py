@@ -14,6 +14,8 @@ _SMALL_FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "modules.json",  # of sentence-transformers, and what its modules are set to
+    "*/config.json",
     "*.py",  # a tokenizer's own code, which runs only with trust_remote_code
 )
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")

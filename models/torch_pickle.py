@@ -6,6 +6,8 @@ refused by name. Tensors stay descriptions until they are read, one at a time.
 """
 
 import collections
+import contextlib
+import io
 import math
 import pickle
 import zipfile
@@ -65,15 +67,15 @@ def read_index(path: Path) -> dict[str, TorchTensor]:
     with _open(path) as archive:
         root = _root(archive, path)
         byte_order = f"{root}/byteorder"
-        if byte_order in archive.namelist() and archive.read(byte_order).strip() != b"little":
+        if byte_order in archive.namelist() and _read(archive, path, byte_order, "byteorder").strip() != b"little":
             raise ValueError(f"{path} was written on a big-endian machine, which is not supported")
-        with archive.open(f"{root}/data.pkl") as file:
-            try:
-                loaded = _Unpickler(file, path).load()
-            except UnsafePickleError:
-                raise
-            except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
-                raise ValueError(f"{path} is corrupt ({error}); download or save it again") from error
+        pickled = _read(archive, path, f"{root}/data.pkl", "data.pkl")
+    try:
+        loaded = _Unpickler(io.BytesIO(pickled), path).load()
+    except UnsafePickleError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+        raise ValueError(f"{path} is corrupt ({error}); download or save it again") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; expected a dict of tensors by name")
     for name, value in loaded.items():
@@ -89,12 +91,7 @@ def read_tensor(path: Path, tensor: TorchTensor) -> np.ndarray:
     """
     storage = tensor.storage
     with _open(path) as archive:
-        try:
-            data = archive.read(f"{_root(archive, path)}/data/{storage.key}")
-        except (KeyError, zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(
-                f"{path} is corrupt (storage {storage.key}: {error}); download or save it again"
-            ) from error
+        data = _read(archive, path, f"{_root(archive, path)}/data/{storage.key}", f"storage {storage.key}")
     if math.prod(tensor.shape) == 0:
         return np.empty(tensor.shape, storage.dtype)
     values = np.frombuffer(data, dtype=storage.dtype, count=len(data) // storage.dtype.itemsize)
@@ -109,16 +106,39 @@ def read_tensor(path: Path, tensor: TorchTensor) -> np.ndarray:
 
 
 def _open(path: Path) -> zipfile.ZipFile:
+    """Raises: FileNotFoundError or PermissionError if it cannot be opened; ValueError if it is no sound archive."""
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        with open(path, "rb") as file:
-            if file.read(len(_LEGACY_START)) == _LEGACY_START:
-                raise ValueError(
-                    f"{path} is in the format of PyTorch before 1.6. Convert it where PyTorch is installed: "
-                    "torch.save(torch.load(path, weights_only=True), path), or save it as safetensors"
-                ) from error
-        raise ValueError(f"{path} is truncated, corrupt or not from torch.save; download or save it again") from error
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # a damaged directory raises OSError, UnicodeDecodeError, NotImplementedError, ...
+        if _is_legacy(path):
+            raise ValueError(
+                f"{path} is in the format of PyTorch before 1.6. Convert it where PyTorch is installed: "
+                "torch.save(torch.load(path, weights_only=True), path), or save it as safetensors"
+            ) from error
+        raise ValueError(
+            f"{path} is truncated, corrupt or not from torch.save ({error}); download or save it again"
+        ) from error
+
+
+def _is_legacy(path: Path) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(len(_LEGACY_START)) == _LEGACY_START
+    return False
+
+
+def _read(archive: zipfile.ZipFile, path: Path, name: str, what: str) -> bytes:
+    """The bytes of an entry; `what` names it in the error.
+
+    Raises: ValueError if it is missing or damaged.
+    """
+    try:
+        return archive.read(name)
+    except MemoryError:
+        raise
+    except Exception as error:  # damage raises BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, ...
+        raise ValueError(f"{path} is corrupt ({what}: {error}); download or save it again") from error
 
 
 def _root(archive: zipfile.ZipFile, path: Path) -> str:

@@ -46,7 +46,8 @@ class ProgramCache:
         path = self._path(key)
         try:
             program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
-            os.utime(path)  # it is in use
+            with contextlib.suppress(OSError):  # a read-only folder, or another user's file: as good as any
+                os.utime(path)  # it is in use
             return program
         except FileNotFoundError:
             return None
@@ -59,9 +60,7 @@ class ProgramCache:
         try:
             data = pickle.dumps(serialize_executable.serialize(compiled))
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, self._path(key))  # so that no reader ever meets half a file
+            _write(self._path(key), data)
             self._remove_old()
         except Exception as error:
             logger.warning("%s was not kept in %s: %s", key, self.folder, error)
@@ -74,6 +73,16 @@ class ProgramCache:
 
     def _path(self, key: Any) -> pathlib.Path:
         return self.folder / hashlib.sha256(f"{key!r}\n{self._fingerprint}".encode()).hexdigest()
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file whole or not at all: no reader ever meets half of it, and a failure leaves nothing behind."""
+    with contextlib.ExitStack() as failure:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            failure.callback(os.unlink, file.name)
+            file.write(data)
+        os.replace(file.name, path)
+        failure.pop_all()  # there was none
 
 
 def _of_sources(classes: Iterable[type]) -> str:

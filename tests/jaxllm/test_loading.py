@@ -75,6 +75,34 @@ def test_an_unsupported_architecture_lists_the_supported(folder, architectures):
         LLM(str(folder), **IDS)
 
 
+RERANKER = TINY | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+ACTIVATION = "sbert_ce_default_activation_function"
+
+
+@pytest.mark.parametrize(
+    ("fields", "activation"),
+    [
+        ({}, "sigmoid"),
+        ({ACTIVATION: "torch.nn.modules.linear.Identity"}, "none"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, "none"),
+        ({"problem_type": "regression", ACTIVATION: "torch.nn.modules.activation.Sigmoid"}, "sigmoid"),
+    ],
+)
+def test_a_reranker_s_scores_are_of_the_activation_that_it_names(fields, activation):
+    llm = LLM(RERANKER | fields, load_format="dummy", **IDS)
+    raw = llm.encode([PROMPT], {"use_activation": False}, use_tqdm=False)[0].outputs.data
+    expected = raw if activation == "none" else 1 / (1 + np.exp(-raw))
+    np.testing.assert_allclose(llm.classify([PROMPT], use_tqdm=False)[0].outputs.probs, expected, atol=1e-6)
+    assert abs(raw[0] - 1 / (1 + np.exp(-raw[0]))) > 1e-4  # or the test would see no difference
+
+
+def test_an_unknown_activation_is_refused_where_it_matters():
+    unknown = {ACTIVATION: "torch.nn.modules.activation.Tanh"}
+    with pytest.raises(ValueError, match=rf"{ACTIVATION}='torch.*Tanh' is not supported; allowed: Identity, Sigmoid"):
+        LLM(RERANKER | unknown, load_format="dummy", **IDS)
+    assert len(greedy(LLM(TINY | unknown, load_format="dummy", **IDS), max_tokens=2)) == 2
+
+
 def test_a_config_without_an_architecture(folder):
     write_json(folder / "config.json", {key: TINY[key] for key in TINY if key != "architectures"})
     with pytest.raises(ValueError, match=r"architectures=None must be a list.*LlamaForCausalLM"):

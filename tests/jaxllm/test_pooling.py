@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.pooling import PoolerConfig, PoolingParams
+from jaxllm.pooling import PoolerConfig, PoolingParams, problem_type_of
 from jaxllm.runner.pooling import span
 from tests.jaxllm.conftest import make_sum_llm
 
@@ -250,6 +250,62 @@ def test_pooler_config(tmp_path):
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(settings | {"pooling_mode_max_tokens": True}))
     with pytest.raises(ValueError, match="exactly one of"):
         PoolerConfig.of_checkpoint(tmp_path)
+
+
+POOLING = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+DENSE = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "match"),
+    [
+        (json.dumps([POOLING, DENSE]), r"modules\.json.*'2_Dense'.*models\.Dense'.*allowed: Transformer, Pooling, Nor"),
+        ("[", r"modules\.json is not valid JSON"),
+        ("{}", r"modules\.json must hold a list of objects, got {}"),
+        ('["Pooling"]', r"modules\.json must hold a list of objects with.*one is Pooling"),
+        ('[{"type": "Pooling"}]', r"modules\.json must hold a list of objects with the strings 'type' and 'path'"),
+        (json.dumps([POOLING]), r"1_Pooling/config\.json cannot be read: No such file"),
+    ],
+)
+def test_modules_that_cannot_be_followed_are_refused(tmp_path, modules, match):
+    (tmp_path / "modules.json").write_text(modules)
+    with pytest.raises(ValueError, match=match):
+        PoolerConfig.of_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (b"{", "is not valid JSON"),
+        (b'{"\xff": 1}', "is not valid JSON"),
+        (b"[1]", "must hold a JSON object"),
+        (b"{}", "exactly one of"),
+    ],
+)
+def test_a_broken_pooling_config_is_named(tmp_path, settings, match):
+    (tmp_path / "modules.json").write_text(json.dumps([POOLING]))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_bytes(settings)
+    with pytest.raises(ValueError, match=rf"1_Pooling/config\.json.*{match}"):
+        PoolerConfig.of_checkpoint(tmp_path)
+
+
+def test_the_activation_of_a_cross_encoder_counts_more_than_its_problem_type():
+    both = {"problem_type": "single_label_classification", "sbert_ce_default_activation_function": None}
+    assert problem_type_of({}) is None and problem_type_of(both) == "single_label_classification"
+    for field in ("old", "new"):
+        for name, expected in (
+            ("torch.nn.modules.linear.Identity", "regression"),
+            ("torch.nn.modules.activation.Sigmoid", "multi_label_classification"),
+            ("torch.nn.modules.activation.Softmax", "single_label_classification"),
+        ):
+            old = {"sbert_ce_default_activation_function": name}
+            new = {"sentence_transformers": {"activation_fn": name, "version": "5.0.0"}}
+            assert problem_type_of({"problem_type": "?"} | (old if field == "old" else new)) == expected
+    with pytest.raises(ValueError, match=r"sbert_ce_default_activation_function='torch.*LogSigmoid'.*: Identity, Sig"):
+        problem_type_of({"sbert_ce_default_activation_function": "torch.nn.modules.activation.LogSigmoid"})
+    with pytest.raises(ValueError, match=r"sentence_transformers\.activation_fn='torch.*Tanh' is not supported"):
+        problem_type_of({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}})
 
 
 def test_which_tokens_of_a_chunk_count():

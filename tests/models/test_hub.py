@@ -58,14 +58,17 @@ def test_without_network_it_says_what_was_tried_and_how_to_pass_a_folder(tmp_pat
 def test_safetensors_are_fetched_and_nothing_beside_them(snapshots):
     files, asked, folder = snapshots
     files |= {"config.json", "tokenizer.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    files |= {"modules.json", "1_Pooling/config.json"}
     files |= {"pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "README.md"}
     assert resolve("some/model", "main", "/cache") == folder
-    found = {path.name for path in folder.iterdir()}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert found == {
         "config.json",
         "tokenizer.json",
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
+        "modules.json",
+        "1_Pooling/config.json",
     }
     assert asked == [("some/model", "main", "/cache")]
 

@@ -92,6 +92,59 @@ def test_truncated_and_foreign_files(tmp_path):
         read_index(path)
 
 
+def damage(data: bytearray, kind: str) -> None:
+    """Spoils an archive of data.pkl, byteorder and data/0, in place."""
+    directory = data.index(b"PK\x01\x02")
+    last = data.rindex(b"PK\x01\x02")
+    match kind:
+        case "local header":
+            data[:4] = b"XXXX"
+        case "method":
+            data[directory + 10 : directory + 12] = b"\x63\x00"
+        case "deflated":
+            data[directory + 10 : directory + 12] = b"\x08\x00"
+        case "encrypted":
+            data[directory + 8] |= 1
+        case "version":
+            data[directory + 6] = 99
+        case "name":
+            data[directory + 9] |= 8  # in UTF-8
+            data[directory + 46] = 0xFF
+        case "directory":
+            data[directory : directory + 4] = b"XXXX"
+        case "byteorder":
+            data[data.index(b"little")] ^= 1
+        case "storage":
+            data[last + 10 : last + 12] = b"\x63\x00"
+
+
+@pytest.mark.parametrize(
+    "kind", ["local header", "method", "deflated", "encrypted", "version", "name", "directory", "byteorder", "storage"]
+)
+def test_a_damaged_archive_is_named_with_the_remedy(tmp_path, kind):
+    storage = np.arange(4, dtype=np.float32).tobytes()
+    pickled = pickle.dumps({}, protocol=2)
+    path = write_archive(tmp_path / "x.bin", pickled, **{"byteorder": b"little", "data/0": storage})
+    assert read_index(path) == {}
+    data = bytearray(path.read_bytes())
+    damage(data, kind)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.bin is .*corrupt.*download or save it again"):
+        read_index(path)
+        read_tensor(path, TorchTensor(Storage("0", np.dtype(np.float32), 4), 0, (4,), (1,)))
+
+
+def test_a_missing_file_and_one_that_may_not_be_read_stay_what_they_are(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("not yours")
+
+    with pytest.raises(FileNotFoundError):
+        read_index(tmp_path / "missing.bin")
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    with pytest.raises(PermissionError):
+        read_index(tmp_path / "missing.bin")
+
+
 def test_format_before_1_6_is_refused_with_the_remedy(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "old.bin"

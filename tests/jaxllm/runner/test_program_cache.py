@@ -1,6 +1,8 @@
 """Programs come back from disk without being traced, and nothing that is stale or broken does."""
 
+import errno
 import os
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,36 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     assert programs(tmp_path / "file", Lowering())[2](jnp.ones(3))["times"].tolist() == [2 * UNIT] * 3
     assert "was not kept" in caplog.text
+
+
+def test_an_entry_that_cannot_be_touched_is_used(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError("another user's file")
+
+    lowering = Lowering()
+    programs(tmp_path, lowering)[2]
+    monkeypatch.setattr(os, "utime", refuse)
+    assert programs(tmp_path, lowering)[2](jnp.ones(3))["times"].tolist() == [2 * UNIT] * 3
+    assert lowering.count == 1 and "cannot be read" not in caplog.text
+
+
+@pytest.mark.parametrize("failing", ["write", "replace"])
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, caplog, failing):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def make(real=tempfile.NamedTemporaryFile, **options):
+        file = real(**options)
+        if failing == "write":
+            file.write = fail
+        return file
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", make)
+    if failing == "replace":
+        monkeypatch.setattr(os, "replace", fail)
+    assert programs(tmp_path / "c", Lowering())[2](jnp.ones(3))["times"].tolist() == [2 * UNIT] * 3
+    assert "was not kept" in caplog.text and "No space left" in caplog.text
+    assert list((tmp_path / "c").iterdir()) == []
 
 
 @pytest.mark.parametrize("days", [29, 31])
