@@ -251,7 +251,7 @@ class LLMEngine:
         check_request_id(request_id)
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is already in use")
-        if type(priority) is not int:
+        if not isinstance(priority, int | np.integer):
             raise TypeError(f"priority must be an integer, got {priority!r}")
 
     def _queue(self, group: _Group | BeamGroup, now: float) -> None:
